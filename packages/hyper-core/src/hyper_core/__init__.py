@@ -1,0 +1,1 @@
+"""Small attention hypernetworks that generate the parameters of any PyTorch model."""

@@ -1,0 +1,1 @@
+"""Low-rank adapter layers for any PyTorch model: injection, stacked storage, exchange with PEFT."""
