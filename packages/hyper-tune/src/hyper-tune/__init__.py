@@ -1,0 +1,1 @@
+"""Entry points that `tune run hyper-tune/<recipe>` finds by their path."""

@@ -1,0 +1,85 @@
+"""Checkpoints: everything that changes the next step, in safetensors and JSON, or not at all."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save_file
+
+from hyper_tune.durable import TEMPORARY, DamagedError, commit, remove_temporary, verify
+from hyper_tune.errors import UserError
+from hyper_tune.tree import flatten, unflatten
+
+TENSORS, PLAIN = "state.safetensors", "state.json"
+_PREFIX = "step-"
+
+
+def _folder(folder: Path, step: int) -> Path:
+    return folder / f"{_PREFIX}{step:08d}"
+
+
+def _steps(folder: Path) -> list[int]:
+    """Return the steps of all committed checkpoints, newest first."""
+    names = [path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*")]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Return whether any checkpoint was committed, intact or not."""
+    return bool(_steps(folder))
+
+
+def write_checkpoint(folder: Path, step: int, state: Any, *, keep: int = 3) -> Path:
+    """Write ``folder/step-00000123`` whole, then remove all but the newest ``keep``.
+
+    ``state``: nested dicts and lists of tensors and plain values. Older checkpoints are removed
+    only after the new one has been read back and verified.
+
+    Raises:
+        FileExistsError: the step was saved before; nothing is overwritten.
+        OSError: the disk is full or refuses; the checkpoints that were there stay.
+    """
+    tensors, plain = flatten(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_temporary(folder)
+    final = _folder(folder, step)
+    temporary = folder / f"{TEMPORARY}{final.name}"
+    temporary.mkdir()
+    try:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / TENSORS)
+        (temporary / PLAIN).write_text(json.dumps(plain, allow_nan=False), encoding="utf-8")
+        commit(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    verify(final)
+    for old in _steps(folder)[keep:]:
+        shutil.rmtree(_folder(folder, old))
+    return final
+
+
+def read_newest(folder: Path) -> tuple[int, Any, list[str]]:
+    """Return step and state of the newest intact checkpoint, and a line for each damaged one.
+
+    Raises:
+        UserError: no checkpoint is intact; what was found is listed.
+    """
+    reports: list[str] = []
+    for step in _steps(folder):
+        path = _folder(folder, step)
+        try:
+            return step, _read(path), reports
+        except DamagedError as error:
+            reports.append(f"checkpoint {path} is damaged and not used: {error}")
+    found = "\n".join(reports) or f"{folder} holds none."
+    raise UserError(f"no intact checkpoint to resume from. {found}")
+
+
+def _read(path: Path) -> Any:
+    verify(path)
+    try:
+        plain = json.loads((path / PLAIN).read_bytes())
+        return unflatten(load((path / TENSORS).read_bytes()), plain)
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise DamagedError(f"it cannot be read: {error}") from error

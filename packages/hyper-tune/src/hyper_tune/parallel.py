@@ -1,0 +1,95 @@
+"""One process or many: the reductions of a step, and the sharding of the frozen base."""
+
+import os
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from hyper_tune.errors import UserError
+
+
+def world_size() -> int:
+    """Return the number of processes of the job; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's rank; 0 outside a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def sum_over_ranks_(tensor: Tensor) -> Tensor:
+    """Add the tensor of every rank into each rank's own, in place; without a group, do nothing."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@torch.no_grad()
+def broadcast_(tensors: Iterable[Tensor]) -> None:
+    """Overwrite each rank's tensors by rank 0's."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def shard_base_(model: nn.Module, blocks: Iterable[nn.Module], leaves: Iterable[Tensor]) -> None:
+    """Shard the frozen base over all ranks with FSDP2, block by block; the leaves stay whole.
+
+    Every rank holds and reads all of ``leaves`` (the factors), whose gradients the training step
+    reduces itself. A model on the meta device stays there until its weights are loaded.
+    """
+    ignored = set(leaves)
+    for block in blocks:
+        fully_shard(block, ignored_params=ignored)
+    fully_shard(model, ignored_params=ignored)
+
+
+def start(device: torch.device) -> torch.device:
+    """Join the job that `torchrun` describes in the environment; return this process's device.
+
+    gloo carries the CPU's tensors and NCCL a GPU's. Without `torchrun` nothing is started.
+    """
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    """Leave the job, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_rank_zero(action: Callable[[], None], device: torch.device) -> None:
+    """Run ``action`` on rank 0 alone; where it fails there, every rank raises.
+
+    Raises:
+        Exception: on rank 0, whatever the action raised.
+        UserError: on the other ranks.
+    """
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    failed = sum_over_ranks_(torch.tensor(float(failure is not None), device=device))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise UserError("rank 0 could not go on; its message says why.")
+
+
+def agree(value: int, what: str, device: torch.device) -> None:
+    """Raise a `UserError` on every rank unless all ranks have the same ``value``."""
+    total = sum_over_ranks_(torch.tensor([value, value**2], dtype=torch.float64, device=device))
+    mean, square = (total / world_size()).tolist()
+    if mean**2 != square:
+        raise UserError(f"{what} differs between the ranks; rank {rank()} has {value}.")

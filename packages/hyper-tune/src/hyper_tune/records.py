@@ -1,0 +1,195 @@
+"""Local files of conversations: question/answer, Alpaca and chat records, as JSON or JSON lines."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hyper_tune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message: ``role`` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in order, the last by the assistant, and the line of the file they came from."""
+
+    turns: tuple[Turn, ...]
+    line: int
+
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+class _RecordError(ValueError):
+    """What is wrong with one record; the reader adds file and line."""
+
+
+def _text(record: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
+    if key not in record:
+        raise _RecordError(f"the key {key!r} is missing; it has {', '.join(sorted(record))}")
+    value = record[key]
+    if not isinstance(value, str):
+        raise _RecordError(f"{key!r} is {type(value).__name__}, expected text")
+    if not empty and not value.strip():
+        raise _RecordError(f"{key!r} is empty")
+    return value
+
+
+def _question_answer(record: Mapping[str, Any]) -> list[Turn]:
+    return [Turn("user", _text(record, "question")), Turn("assistant", _text(record, "answer"))]
+
+
+def _alpaca(record: Mapping[str, Any]) -> list[Turn]:
+    instruction = _text(record, "instruction")
+    given = _text(record, "input", empty=True) if "input" in record else ""
+    template = _ALPACA_WITH_INPUT if given.strip() else _ALPACA
+    # Filled by replacement in one pass, so that braces in the data stay as they are.
+    prompt = template.format(instruction=instruction, input=given)
+    return [Turn("user", prompt), Turn("assistant", _text(record, "output"))]
+
+
+def _chat(record: Mapping[str, Any]) -> list[Turn]:
+    key, role_key, text_key = (
+        ("messages", "role", "content")
+        if "messages" in record
+        else ("conversations", "from", "value")
+    )
+    messages = record.get(key)
+    if not isinstance(messages, list) or not messages:
+        raise _RecordError("'messages' must be a list of at least one message")
+    turns = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise _RecordError(f"a message is {type(message).__name__}, expected an object")
+        role = _text(message, role_key)
+        if role not in _ROLES:
+            raise _RecordError(f"the role {role!r} is unknown; expected {', '.join(_ROLES)}")
+        turns.append(Turn(_ROLES[role], _text(message, text_key)))
+    return turns
+
+
+_FORMATS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], list[Turn]]]] = {
+    "question_answer": ("question", _question_answer),
+    "alpaca": ("instruction", _alpaca),
+    "chat": ("messages", _chat),
+}
+
+
+def read_records(path: Path, format: str = "auto") -> list[Conversation]:  # noqa: A002
+    """Read every record of a ``.jsonl`` or ``.json`` file.
+
+    ``format``: "question_answer" (``question``, ``answer``), "alpaca" (``instruction``, ``input``,
+    ``output``), "chat" (``messages`` of ``role`` and ``content``, or ``conversations`` of ``from``
+    and ``value``), or "auto", which tells by the keys of the first record.
+
+    Raises:
+        UserError: a file that is missing, empty or not JSON, or a record that does not fit; file
+            and line are named.
+    """
+    if format not in ("auto", *_FORMATS):
+        raise UserError(f"format is {format!r}, but must be auto, {', '.join(_FORMATS)}.")
+    conversations: list[Conversation] = []
+    for line, record in _objects(path):
+        if format == "auto":
+            format = _detect(path, line, record)  # noqa: A001
+        try:
+            turns = _FORMATS[format][1](record)
+            if turns[-1].role != "assistant":
+                raise _RecordError(f"the last turn is the {turns[-1].role}'s, not the assistant's")
+        except _RecordError as error:
+            raise UserError(f"{path}:{line}: {error} (read as {format}).") from error
+        conversations.append(Conversation(tuple(turns), line))
+    if not conversations:
+        raise UserError(f"{path} holds no records.")
+    return conversations
+
+
+def _detect(path: Path, line: int, record: Mapping[str, Any]) -> str:
+    for name, (key, _) in _FORMATS.items():
+        if key in record or (name == "chat" and "conversations" in record):
+            return name
+    raise UserError(
+        f"{path}:{line}: no known format has the keys {', '.join(sorted(record)) or '(none)'}; "
+        "expected question and answer, instruction and output, or messages."
+    )
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, value in _values(path, _read_text(path)):
+        if not isinstance(value, dict):
+            raise UserError(f"{path}:{line}: expected an object, got {type(value).__name__}.")
+        yield line, value
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        folder = path.parent
+        there = sorted(p.name for p in folder.glob("*.json*")) if folder.is_dir() else []
+        what = f"{folder} has {', '.join(there)}" if there else f"no JSON file is in {folder}"
+        raise UserError(f"{path} does not exist; {what}.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file.") from error
+
+
+def _values(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    if text.lstrip().startswith("["):
+        yield from _array(path, text)
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not JSON: {error.msg}.") from error
+
+
+def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Read the elements of an array one by one, to know the line of each."""
+    decoder = json.JSONDecoder()
+    position, counted, line = text.index("[") + 1, 0, 1
+    while True:
+        position = _end_of(_BETWEEN, text, position)
+        line += text.count("\n", counted, position)
+        counted = position
+        if text.startswith("]", position):
+            return
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{line}: not JSON: {error.msg}.") from error
+        yield line, value
+
+
+_BETWEEN = re.compile(r"[\s,]*")
+
+
+def _end_of(pattern: re.Pattern[str], text: str, position: int) -> int:
+    match = pattern.match(text, position)
+    return match.end() if match else position

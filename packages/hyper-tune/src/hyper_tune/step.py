@@ -1,0 +1,159 @@
+"""The order of one training step, written once for every recipe and trainer."""
+
+import math
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from lowrank_adapters import accumulate_orthogonality_gradient_
+from rank_budget import Allocation
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from hyper_tune.parallel import sum_over_ranks_, world_size
+
+if TYPE_CHECKING:
+    from hyper_tune.assembly import Assembly
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step measured, the same on every rank.
+
+    ``loss``: mean over the tokens of all micro-batches and ranks, without the penalty; None where
+    the step was not told its tokens. ``penalty``: the orthogonality term, unweighted.
+    ``grad_norm``: of the trainable parameters, before clipping. ``finite``: False where the step
+    was skipped, which leaves every state as it was.
+    """
+
+    loss: float | None
+    penalty: float
+    grad_norm: float
+    tokens: int
+    finite: bool
+    live_ranks: int
+    allocation: Allocation | None
+
+
+class TrainingStep:
+    """refresh · micro-batches · reduce · score · penalty · pull back · clip · step · allocate · commit.
+
+    A context manager made by `Assembly.step`. Inside it, run any number of micro-batches, each
+    with `backward`; the rest happens at the end of the block. The factors do not change inside
+    the block, so that activation checkpointing recomputes what the forward pass saw. An exception
+    inside the block discards the step. A step whose loss or gradient is not finite is skipped: no
+    parameter, score, mask or state changes.
+
+    One host read a step: loss, penalty, norm and token count together, after the backward pass.
+    """
+
+    def __init__(
+        self,
+        assembly: "Assembly",
+        optimizer: Optimizer,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self._assembly = assembly
+        self._optimizer = optimizer
+        self._max_grad_norm = max_grad_norm
+        self._sums: Tensor | None = None
+        self.report: StepReport
+
+    def __enter__(self) -> "TrainingStep":
+        self._assembly.stack.bind_grads_()
+        self._assembly.owner.refresh()
+        return self
+
+    def backward(self, loss_sum: Tensor, tokens: Tensor | int) -> None:
+        """Run the backward pass of one micro-batch.
+
+        ``loss_sum``: 0-dim, the sum of the per-token losses of the micro-batch. ``tokens``: how
+        many there are. The step divides by the tokens of all micro-batches and ranks, so that any
+        split of the same samples gives the same gradient.
+        """
+        loss_sum.backward()  # type: ignore[no-untyped-call]
+        count = torch.as_tensor(tokens, device=loss_sum.device)
+        sums = torch.stack([loss_sum.detach().double(), count.double()])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._finish()
+        else:
+            self._assembly.owner.discard()
+        self._zero_grads()
+
+    def _finish(self) -> None:
+        assembly = self._assembly
+        loss, tokens = self._reduce()
+        if assembly.allocator is not None:
+            assembly.allocator.score()
+        penalty = self._add_penalty()
+        assembly.owner.backward()
+        norm = self._clip()
+        loss_value, penalty_value, norm_value, token_count = torch.stack(
+            [value.double() for value in (loss, penalty, norm, tokens)]
+        ).tolist()
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        allocation = self._update() if finite else assembly.owner.discard()
+        self.report = StepReport(
+            loss=loss_value if self._sums is not None else None,
+            penalty=penalty_value,
+            grad_norm=norm_value,
+            tokens=int(token_count) if math.isfinite(token_count) else 0,
+            finite=finite,
+            live_ranks=assembly.live_ranks,
+            allocation=allocation,
+        )
+
+    def _reduce(self) -> tuple[Tensor, Tensor]:
+        """Sum gradients over ranks, divide by all tokens; return the mean loss and the tokens."""
+        stack = self._assembly.stack
+        stack.check_bound()
+        sum_over_ranks_(stack.grads)
+        if self._sums is None:
+            stack.grads.div_(world_size())
+            zero = torch.zeros((), device=stack.grads.device)
+            return zero, zero
+        loss_sum, tokens = sum_over_ranks_(self._sums).unbind()
+        stack.grads.div_(tokens)
+        return loss_sum / tokens, tokens
+
+    def _add_penalty(self) -> Tensor:
+        assembly = self._assembly
+        if assembly.orthogonality is None:
+            return torch.zeros((), device=assembly.stack.grads.device)
+        groups = [group for group in assembly.stack.groups if group.role in ("p", "q")]
+        return accumulate_orthogonality_gradient_(groups, assembly.orthogonality)
+
+    def _clip(self) -> Tensor:
+        parameters = self._assembly.parameters()
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self._max_grad_norm is not None:
+            clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
+        return norm
+
+    @torch.no_grad()
+    def _update(self) -> Allocation | None:
+        assembly = self._assembly
+        self._optimizer.step()
+        allocation = assembly.allocator.step() if assembly.allocator is not None else None
+        for group in assembly.stack.groups:
+            if group.rank_mask is not None:
+                group.values.mul_(group.rank_mask.unsqueeze(-1))
+        assembly.owner.commit()
+        return allocation
+
+    def _zero_grads(self) -> None:
+        self._optimizer.zero_grad()
+        self._assembly.stack.bind_grads_()
+        self._assembly.stack.zero_grads_()
+
+

@@ -1,0 +1,165 @@
+"""The frozen base: found on disk, built on the meta device, sharded, loaded."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lowrank_adapters import LowRankLinear, adapter_state_dict, freeze_base_
+from torch import Tensor, nn
+from torchtune import training
+from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
+
+from hyper_tune.errors import UserError
+from hyper_tune.parallel import shard_base_, world_size
+from hyper_tune.torchtune.components import build
+from hyper_tune.torchtune.settings import RecipeSettings
+
+_TOKENIZER_FILES = ("path", "merges_file", "special_tokens_path")
+_OUTPUT_CHUNKS = 8
+
+
+def check_files(settings: RecipeSettings) -> None:
+    """Find the base's weights and tokenizer on disk before anything is built.
+
+    Raises:
+        UserError: the folder or a file is missing (with the command that fetches it), or a weight
+            file is not safetensors.
+    """
+    folder = Path(settings.checkpointer["checkpoint_dir"])
+    wanted = ["config.json", *_weight_files(settings.checkpointer)]
+    pickled = [name for name in wanted[1:] if not name.endswith(".safetensors")]
+    if pickled:
+        raise UserError(
+            f"checkpointer.checkpoint_files names {pickled[0]}, which may be a pickle; "
+            "only .safetensors files are read."
+        )
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if missing:
+        found = "the folder does not exist" if not folder.is_dir() else f"{missing[0]} is not there"
+        raise UserError(
+            f"no base model in {folder.absolute()}: {found} "
+            f"({len(missing)} of {len(wanted)} files missing).\n{_remedy(settings, folder)}"
+        )
+    for key in _TOKENIZER_FILES:
+        path = settings.tokenizer.get(key)
+        if path is not None and not Path(path).is_file():
+            raise UserError(
+                f"no tokenizer: tokenizer.{key} is {Path(path).absolute()}, which does not exist.\n"
+                f"{_remedy(settings, folder)}"
+            )
+
+
+def _weight_files(checkpointer: Mapping[str, Any]) -> list[str]:
+    files = checkpointer.get("checkpoint_files")
+    if isinstance(files, Mapping):
+        formatted = FormattedCheckpointFiles.from_dict(dict(files))
+        return [str(name) for name in formatted.build_checkpoint_filenames()]
+    if not isinstance(files, list) or not files:
+        raise UserError("checkpointer.checkpoint_files must list files, or give a filename_format.")
+    return [str(name) for name in files]
+
+
+def _remedy(settings: RecipeSettings, folder: Path) -> str:
+    if settings.base_model is None:
+        return "Set checkpointer.checkpoint_dir to a Hugging Face checkpoint folder."
+    if settings.base_model == "quickstart":
+        return (
+            "The tiny base is made by `nox -s quickstart`, or by "
+            f"`python recipes/quickstart/base.py --output {folder}`."
+        )
+    return (
+        "Download it with:\n"
+        f"  tune download {settings.base_model} --output-dir {folder} "
+        '--ignore-patterns "original/consolidated*"\n'
+        "or set checkpointer.checkpoint_dir to the folder that holds it."
+    )
+
+
+def hf_config(settings: RecipeSettings) -> dict[str, Any]:
+    """Return the base's ``config.json``."""
+    path = Path(settings.checkpointer["checkpoint_dir"]) / "config.json"
+    loaded = json.loads(path.read_text())
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def dtype_of(settings: RecipeSettings) -> torch.dtype:
+    """Return the dtype of the frozen base."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
+
+
+def build_on_meta(settings: RecipeSettings) -> nn.Module:
+    """Build the decoder without memory; `load_` gives it weights."""
+    with training.set_default_dtype(dtype_of(settings)), torch.device("meta"):
+        model: nn.Module = build("model", settings.model)
+    return model
+
+
+def prepare_(model: nn.Module, settings: RecipeSettings, leaves: Iterable[Tensor]) -> None:
+    """Compile, checkpoint activations and shard, in torchtune's order, before weights are loaded."""
+    blocks = list(model.layers)  # type: ignore[arg-type]
+    if settings.compile:
+        training.compile_model(model, verbose=False)
+    if settings.enable_activation_checkpointing:
+        training.set_activation_checkpointing(model, auto_wrap_policy={type(blocks[0])})
+    if world_size() > 1:
+        shard_base_(model, list(model.layers), leaves)  # type: ignore[arg-type]
+
+
+def load_(
+    model: nn.Module,
+    settings: RecipeSettings,
+    layers: Mapping[str, LowRankLinear],
+    device: torch.device,
+) -> None:
+    """Load the base's weights into a model on the meta device, sharded or whole.
+
+    Raises:
+        UserError: the checkpoint's names or shapes are those of another model.
+    """
+    checkpointer = dict(settings.checkpointer)
+    checkpointer.setdefault("output_dir", str(settings.output_dir))
+    weights = build("checkpointer", checkpointer).load_checkpoint()[training.MODEL_KEY]
+    weights = {_inside(name, layers): value for name, value in weights.items()}
+    _refuse_other_model(model, weights, settings)
+    if world_size() > 1:
+        training.load_from_full_model_state_dict(model, weights, device, strict=False)
+    else:
+        dtype = dtype_of(settings)
+        whole = {name: value.to(device, dtype) for name, value in weights.items()}
+        model.load_state_dict(whole, strict=False, assign=True)
+    with training.set_default_dtype(dtype_of(settings)), device:
+        for module in model.modules():
+            if hasattr(module, "rope_init"):
+                module.rope_init()
+    training.validate_no_params_on_meta_device(model)
+    freeze_base_(model)
+    model.set_num_output_chunks(_OUTPUT_CHUNKS)  # type: ignore[operator]
+
+
+def _inside(name: str, layers: Mapping[str, LowRankLinear]) -> str:
+    module, _, parameter = name.rpartition(".")
+    return f"{module}.base.{parameter}" if module in layers else name
+
+
+def _refuse_other_model(
+    model: nn.Module, weights: Mapping[str, Tensor], settings: RecipeSettings
+) -> None:
+    factors = adapter_state_dict(model)
+    expected = {
+        name: tuple(value.shape)
+        for name, value in model.state_dict().items()
+        if name not in factors
+    }
+    got = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = [name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)]
+    if wrong:
+        first = min(wrong)
+        raise UserError(
+            f"the checkpoint in {settings.checkpointer['checkpoint_dir']} is of another model: "
+            f"{first} is {got.get(first, 'missing')} there, but {expected.get(first, 'absent')} in "
+            f"{settings.model['_component_']} ({len(wrong)} tensors differ); "
+            "make model and checkpointer name the same model."
+        )

@@ -1,0 +1,112 @@
+"""The command line behind `tune run hyper-tune/…`: configurations by name, errors for people."""
+
+import difflib
+import os
+import sys
+import warnings
+from importlib import resources
+from pathlib import Path
+
+from hyper_core import HyperError
+from lowrank_adapters import AdapterError
+from omegaconf import DictConfig, OmegaConf
+from rank_budget import BudgetError
+from torchtune import config
+
+from hyper_tune import parallel
+from hyper_tune.errors import UserError
+from hyper_tune.torchtune.recipe import FineTuning
+from hyper_tune.torchtune.settings import RecipeSettings
+
+PERSONS_MISTAKES = (UserError, AdapterError, BudgetError, HyperError)
+EXIT_MISTAKE = 2
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Return the configurations that the package ships, by name.
+
+    >>> "llama3_1_8b" in packaged_configs()
+    True
+    """
+    folder = Path(str(resources.files("hyper_tune") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """Return the file that ``--config`` means: a packaged name, or a path.
+
+    Raises:
+        UserError: neither; the packaged names and the nearest one are listed.
+    """
+    packaged = packaged_configs()
+    if name in packaged:
+        return packaged[name]
+    if Path(name).is_file():
+        return Path(name)
+    near = difflib.get_close_matches(name, packaged, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UserError(
+        f"--config {name} is neither a file nor a configuration of this package, which has "
+        f"{', '.join(packaged)}.{hint}"
+    )
+
+
+def main() -> None:
+    """Run the recipe as `tune run` calls it: ``--config NAME key=value …`` in ``sys.argv``."""
+    warnings.showwarning = _one_line_warning
+    try:
+        _resolve_config_argument(sys.argv)
+        overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("--")]
+        _refuse_bad_overrides(overrides)
+    except UserError as error:
+        sys.exit(_report(error))
+    config.parse(_run)()
+
+
+def _resolve_config_argument(arguments: list[str]) -> None:
+    if "--config" not in arguments[:-1]:
+        raise UserError("--config is missing; give the name of a configuration or a file.")
+    position = arguments.index("--config") + 1
+    path = find_config(arguments[position])
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:
+        raise UserError(f"{path} is not a readable YAML file: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} must hold keys and values, such as `seed: 0`.")
+    arguments[position] = str(path)
+    for word in arguments[1 : position - 1] + arguments[position + 1 :]:
+        if "=" not in word:
+            raise UserError(f"{word!r} is not understood; overrides are written key=value.")
+
+
+def _refuse_bad_overrides(overrides: list[str]) -> None:
+    try:
+        OmegaConf.from_dotlist(overrides)
+    except Exception as error:
+        raise UserError(f"overrides: {str(error).splitlines()[0]}") from error
+
+
+def _run(cfg: DictConfig) -> int:
+    try:
+        settings = RecipeSettings.from_config(cfg)
+        with FineTuning(settings) as run:
+            run.train()
+    except PERSONS_MISTAKES as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        return _report(UserError("interrupted; resume with resume_from_checkpoint=True."))
+    finally:
+        parallel.stop()
+    return 0
+
+
+def _report(error: Exception) -> int:
+    if int(os.environ.get("RANK", 0)) == 0:
+        sys.stderr.write(f"error: {error}\n")
+    return EXIT_MISTAKE
+
+
+def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    if int(os.environ.get("RANK", 0)) == 0 and issubclass(category, UserWarning):
+        sys.stderr.write(f"warning: {message}\n")

@@ -1,0 +1,23 @@
+"""Builds what a configuration names by ``_component_``, with messages for people."""
+
+from typing import Any
+
+from omegaconf import OmegaConf
+from torchtune import config
+from torchtune.config._errors import InstantiationError
+
+from hyper_tune.errors import UserError
+from hyper_tune.torchtune.settings import Component
+
+
+def build(section: str, component: Component, *arguments: Any, **overrides: Any) -> Any:
+    """Import and call ``component["_component_"]`` with its other keys as arguments.
+
+    Raises:
+        UserError: the component does not exist or refuses its arguments; ``section`` is named.
+    """
+    try:
+        return config.instantiate(OmegaConf.create(dict(component)), *arguments, **overrides)
+    except (InstantiationError, TypeError) as error:
+        name = component["_component_"]
+        raise UserError(f"{section}: {name} cannot be built: {error}.") from error

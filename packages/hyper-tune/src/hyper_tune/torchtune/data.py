@@ -1,0 +1,98 @@
+"""From records to batches: tokenised conversations whose prompts carry no loss."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchtune.data import Message, padded_collate_sft
+from tqdm import tqdm
+
+from hyper_tune.errors import UserError
+from hyper_tune.records import Conversation, read_records
+from hyper_tune.torchtune.loss import IGNORE_INDEX, shift_labels
+
+Sample = Mapping[str, Sequence[int]]
+
+
+class Samples(Protocol):
+    """What the recipe asks of a data set: a length, and tokens with labels by position."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return ``{"tokens": […], "labels": […]}`` of equal length."""
+
+
+class FileDataset(Dataset[Sample]):
+    """A local JSON or JSONL file of conversations, tokenised when it is opened.
+
+    Only the assistant's turns carry loss; the labels of all other tokens are -100. See
+    `hyper_tune.records.read_records` for the formats.
+
+    Raises:
+        UserError: a file, line or sample that cannot be trained on.
+    """
+
+    def __init__(self, tokenizer: Any, path: str, format: str = "auto") -> None:  # noqa: A002
+        self._path = Path(path)
+        self.conversations = read_records(self._path, format)
+        progress = tqdm(self.conversations, f"tokenising {self._path.name}", delay=5, leave=False)
+        self._samples = [self._tokenise(tokenizer, conversation) for conversation in progress]
+
+    def _tokenise(self, tokenizer: Any, conversation: Conversation) -> Sample:
+        tokenised = tokenizer({"messages": messages(conversation)}, inference=False)
+        tokens, mask = tokenised["tokens"], tokenised["mask"]
+        labels = [
+            IGNORE_INDEX if hidden else token for token, hidden in zip(tokens, mask, strict=True)
+        ]
+        if all(label == IGNORE_INDEX for label in labels[1:]):
+            raise UserError(
+                f"{self.where(conversation)}: none of the {len(tokens)} tokens is the assistant's, "
+                "so there is nothing to learn; raise tokenizer.max_seq_len or remove the record."
+            )
+        return {"tokens": tokens, "labels": labels}
+
+    def where(self, conversation: Conversation) -> str:
+        """Name a conversation by file and line, for a message."""
+        return f"{self._path}:{conversation.line}"
+
+    def __len__(self) -> int:
+        """Return the number of conversations."""
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return the tokens and labels of one conversation."""
+        return self._samples[index]
+
+    def refuse_longer(self, limit: int) -> None:
+        """Raise a `UserError` that names the first conversation of more than ``limit`` tokens."""
+        for conversation, sample in zip(self.conversations, self._samples, strict=True):
+            if len(sample["tokens"]) > limit:
+                raise UserError(
+                    f"{self.where(conversation)}: {len(sample['tokens'])} tokens, but the model "
+                    f"reads at most {limit}; set tokenizer.max_seq_len to {limit} to cut long "
+                    "records, or shorten this one."
+                )
+
+
+def file_dataset(tokenizer: Any, *, path: str, format: str = "auto") -> FileDataset:  # noqa: A002
+    """Open a local file of records; the ``_component_`` of a configuration's data set."""
+    return FileDataset(tokenizer, path, format)
+
+
+def messages(conversation: Conversation) -> list[Message]:
+    """Turn a conversation into torchtune's messages; only the assistant's carry loss."""
+    return [
+        Message(role=turn.role, content=turn.content, masked=turn.role != "assistant")
+        for turn in conversation.turns
+    ]
+
+
+def collate(samples: Sequence[Sample], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens and shifted labels, each (samples, longest), padded on the right."""
+    batch = padded_collate_sft(list(samples), padding_idx=pad_id, ignore_idx=IGNORE_INDEX)
+    return batch["tokens"].to(device), shift_labels(batch["labels"]).to(device)

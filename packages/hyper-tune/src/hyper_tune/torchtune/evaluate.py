@@ -1,0 +1,127 @@
+"""Held-out loss and exact match of the model as it stands, the same on any number of ranks."""
+
+import resource
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torchtune.data import Message
+from tqdm import tqdm
+
+from hyper_tune.parallel import rank, sum_over_ranks_, world_size
+from hyper_tune.torchtune.data import FileDataset, Samples, collate, messages
+from hyper_tune.torchtune.loss import IGNORE_INDEX, cross_entropy_sum
+
+
+def _shares(count: int, batch_size: int) -> Iterator[tuple[list[int], bool]]:
+    """Yield this rank's batches of positions, and whether each counts.
+
+    Every rank yields equally many, since a sharded model's forward pass is collective; a rank
+    without work repeats the first batch, which does not count.
+    """
+    starts = list(range(0, count, batch_size))
+    rounds = -(-len(starts) // world_size())
+    for position in range(rounds):
+        mine = position * world_size() + rank()
+        counts = mine < len(starts)
+        start = starts[mine] if counts else 0
+        yield list(range(start, min(start + batch_size, count))), counts
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module, samples: Samples, *, batch_size: int, pad_id: int, device: torch.device
+) -> float:
+    """Return the mean cross-entropy per token, in nats, without any penalty."""
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    was_training = model.training
+    model.eval()
+    batches = list(_shares(len(samples), batch_size))
+    for positions, counts in tqdm(batches, "held-out loss", delay=5, leave=False):
+        tokens, labels = collate([samples[i] for i in positions], pad_id, device)
+        loss = cross_entropy_sum(model(tokens), labels)
+        if counts:
+            totals += torch.stack([loss.double(), (labels != IGNORE_INDEX).sum().double()])
+    model.train(was_training)
+    loss_sum, count = sum_over_ranks_(totals).tolist()
+    return float(loss_sum / count)
+
+
+@torch.no_grad()
+def exact_match(
+    model: nn.Module,
+    tokenizer: Any,
+    data: FileDataset,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    device: torch.device,
+) -> float:
+    """Return the share of conversations whose last answer greedy decoding repeats exactly.
+
+    The model sees each conversation up to its last turn; the text it writes before its stop token
+    is compared with that turn, both stripped of white space at the ends.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    was_training = model.training
+    model.eval()
+    batches = list(_shares(len(data), batch_size))
+    for positions, counts in tqdm(batches, "exact match", delay=5, leave=False):
+        conversations = [data.conversations[i] for i in positions]
+        prompts = [_prompt(tokenizer, messages(c)[:-1]) for c in conversations]
+        answers = greedy(model, prompts, max_new_tokens, tokenizer.pad_id, device)
+        texts = [_text(tokenizer, answer) for answer in answers]
+        right = sum(
+            text == c.turns[-1].content.strip() for text, c in zip(texts, conversations, strict=True)
+        )
+        if counts:
+            totals += torch.tensor([right, len(positions)], dtype=torch.float64, device=device)
+    model.train(was_training)
+    right_sum, count = sum_over_ranks_(totals).tolist()
+    return float(right_sum / count)
+
+
+def greedy(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    pad_id: int,
+    device: torch.device,
+) -> list[list[int]]:
+    """Continue each prompt by its likeliest tokens; always ``max_new_tokens`` forward passes.
+
+    Prompts are padded on the right, where causal attention cannot see the padding.
+    """
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest = int(lengths.max()) + max_new_tokens
+    tokens = torch.full((len(prompts), longest), pad_id, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    rows = torch.arange(len(prompts), device=device)
+    for _ in range(max_new_tokens):
+        logits = torch.cat(model(tokens[:, : int(lengths.max())]), dim=1)
+        tokens[rows, lengths] = logits[rows, lengths - 1].argmax(-1)
+        lengths = lengths + 1
+    return [
+        tokens[row, len(prompt) : len(prompt) + max_new_tokens].tolist()
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def _prompt(tokenizer: Any, turns: list[Message]) -> list[int]:
+    asked = [*turns, Message(role="assistant", content="")]
+    return list(tokenizer({"messages": asked}, inference=True)["tokens"])
+
+
+def _text(tokenizer: Any, answer: list[int]) -> str:
+    ends = [position for position, token in enumerate(answer) if token in tokenizer.stop_tokens]
+    return str(tokenizer.decode(answer[: ends[0]] if ends else answer)).strip()
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the most memory used so far: the GPU's allocations, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+

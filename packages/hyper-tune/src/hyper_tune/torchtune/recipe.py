@@ -1,0 +1,357 @@
+"""One fine-tuning run, from its settings to the exported adapter."""
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from hyper_tune import parallel
+from hyper_tune.assembly import assemble
+from hyper_tune.checkpoint import has_checkpoints, read_newest, write_checkpoint
+from hyper_tune.errors import UserError
+from hyper_tune.run_folder import RunFolder
+from hyper_tune.sampling import batch_indices, derive_seed, total_steps
+from hyper_tune.step import StepReport
+from hyper_tune.torchtune.base_model import build_on_meta, check_files, hf_config, load_, prepare_
+from hyper_tune.torchtune.components import build
+from hyper_tune.torchtune.data import FileDataset, Samples, collate
+from hyper_tune.torchtune.evaluate import exact_match, held_out_loss, peak_memory_mib
+from hyper_tune.torchtune.hf_names import hf_module_name, output_row_order
+from hyper_tune.torchtune.loss import IGNORE_INDEX, cross_entropy_sum
+from hyper_tune.torchtune.settings import RecipeSettings
+
+
+class FineTuning:
+    """Fine-tune a frozen torchtune decoder by a low-rank method; resume exactly.
+
+    A context manager: entering it checks every setting and builds everything, `train` runs.
+    One process or many behave alike: the base is sharded over the processes, factors and
+    hypernetworks are on each, gradients are summed once per optimizer step.
+
+    Raises:
+        UserError: a setting, file or record that cannot be used, before any training.
+    """
+
+    def __init__(self, settings: RecipeSettings) -> None:
+        self.settings = settings
+        self.step = 0
+        self.before: dict[str, float] = {}
+        self._skipped = 0
+        self._seconds: list[float] = []
+
+    def __enter__(self) -> "FineTuning":
+        settings = self.settings
+        check_files(settings)
+        self.device = parallel.start(_device(settings.device))
+        self.tokenizer = build("tokenizer", settings.tokenizer)
+        model = build_on_meta(settings)
+        self._open_data(model.max_seq_len)
+        self.total_steps = total_steps(
+            len(self.data), self._global_batch, settings.epochs, settings.max_steps
+        )
+        torch.manual_seed(derive_seed(settings.seed, "start"))
+        self.method = assemble(
+            model, settings.method, total_steps=self.total_steps, device=self.device
+        )
+        self.optimizer = build("optimizer", settings.optimizer, self.method.parameters())
+        self.scheduler = build(
+            "lr_scheduler",
+            settings.lr_scheduler,
+            self.optimizer,
+            num_training_steps=self.total_steps,
+        )
+        self._open_run_folder()
+        prepare_(model, settings, self.method.stack.leaf_parameters())
+        load_(model, settings, self.method.layers, self.device)
+        self.model = model
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if hasattr(self, "folder"):
+            self.folder.close()
+
+    @property
+    def _global_batch(self) -> int:
+        settings = self.settings
+        return (
+            settings.batch_size * settings.gradient_accumulation_steps * parallel.world_size()
+        )
+
+    def _open_data(self, longest: int) -> None:
+        settings = self.settings
+        self.data: Samples = build("dataset", settings.dataset, self.tokenizer)
+        self.held_out: Samples | None = None
+        if settings.dataset_val is not None:
+            self.held_out = build("dataset_val", settings.dataset_val, self.tokenizer)
+        self.questions: FileDataset | None = None
+        if settings.exact_match is not None:
+            options = dict(settings.exact_match)
+            self.max_new_tokens = int(options.pop("max_new_tokens", 32))
+            self.questions = FileDataset(self.tokenizer, **options)
+        for data in (self.data, self.held_out, self.questions):
+            if isinstance(data, FileDataset):
+                data.refuse_longer(longest)
+
+    def _open_run_folder(self) -> None:
+        settings = self.settings
+        self.folder = RunFolder(settings.output_dir)
+        resume = settings.resume_from_checkpoint
+        parallel.on_rank_zero(lambda: self.folder.start(resume=resume), self.device)
+        if resume and has_checkpoints(self.folder.checkpoints):
+            self._resume()
+        parallel.agree(self.step, "the step to resume from", self.device)
+        parallel.on_rank_zero(lambda: self.folder.metrics.truncate_after(self.step), self.device)
+
+    def _resume(self) -> None:
+        step, state, reports = read_newest(self.folder.checkpoints)
+        for line in reports:
+            _say(line)
+        _refuse_other_run(state["run"], self._identity())
+        self.method.load_state_dict(state["method"], self.optimizer)
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.before = state["before"]
+        self.step = step
+        _say(f"resuming {self.folder.path} from step {step} of {self.total_steps}")
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be equal for a resumed run to go on as if it had not stopped."""
+        settings = self.settings
+        return {
+            "method": asdict(settings.method),
+            "model": dict(settings.model),
+            "samples": len(self.data),
+            "seed": settings.seed,
+            "shuffle": settings.shuffle,
+            "batch_size": settings.batch_size,
+            "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+            "processes": parallel.world_size(),
+            "total_steps": self.total_steps,
+            "optimizer": dict(settings.optimizer),
+            "lr_scheduler": dict(settings.lr_scheduler),
+            "clip_grad_norm": settings.clip_grad_norm,
+            "dtype": settings.dtype,
+        }
+
+    def train(self) -> None:
+        """Run to the last step, evaluate before and after, write adapter and summary."""
+        if self.step == 0 and not self.before:
+            self.before = self.evaluate()
+        progress = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc=self.settings.method.name,
+            unit="step",
+            disable=parallel.rank() != 0,
+        )
+        with progress:
+            while self.step < self.total_steps:
+                row = self._train_step()
+                progress.update()
+                progress.set_postfix_str(_postfix(row, self.method.total_ranks))
+        self._finish()
+
+    def _train_step(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        lr = self.optimizer.param_groups[0]["lr"]
+        report = self._optimize()
+        self.scheduler.step()
+        self.step += 1
+        seconds = time.perf_counter() - started
+        self._seconds.append(seconds)
+        row = self._row(report, lr, seconds)
+        if self.held_out is not None and self._every(self.settings.validate_every_n_steps):
+            self.method.write_factors_()
+            row["validation_loss"] = self._held_out_loss(self.held_out)
+        parallel.on_rank_zero(lambda: self.folder.metrics.append(row), self.device)
+        self._count_skipped(report)
+        last = self.step == self.total_steps
+        if report.finite and (last or self._every(self.settings.save_every_n_steps)):
+            self._save()
+        return row
+
+    def _optimize(self) -> StepReport:
+        settings = self.settings
+        rank, world = parallel.rank(), parallel.world_size()
+        torch.manual_seed(derive_seed(settings.seed, "step", self.step, rank))
+        batches = batch_indices(
+            self.step,
+            dataset_size=len(self.data),
+            batch_size=settings.batch_size,
+            accumulation=settings.gradient_accumulation_steps,
+            world_size=world,
+            rank=rank,
+            seed=settings.seed,
+            shuffle=settings.shuffle,
+        )
+        self.model.train()
+        with self.method.step(self.optimizer, settings.clip_grad_norm) as step:
+            for indices in batches:
+                samples = [self.data[index] for index in indices]
+                tokens, labels = collate(samples, self.tokenizer.pad_id, self.device)
+                loss = cross_entropy_sum(self.model(tokens), labels)
+                step.backward(loss, (labels != IGNORE_INDEX).sum())
+        return step.report
+
+    def _row(self, report: StepReport, lr: float, seconds: float) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "loss": report.loss if report.finite else None,
+            "penalty": report.penalty if report.finite else None,
+            "grad_norm": report.grad_norm if report.finite else None,
+            "lr": lr,
+            "live_ranks": report.live_ranks,
+            "tokens": report.tokens,
+            "tokens_per_second": report.tokens / seconds,
+            "seconds": seconds,
+            "peak_memory_mib": peak_memory_mib(self.device),
+            "skipped": not report.finite,
+        }
+
+    def _every(self, interval: int | None) -> bool:
+        return interval is not None and self.step % interval == 0
+
+    def _count_skipped(self, report: StepReport) -> None:
+        if report.finite:
+            self._skipped = 0
+            return
+        self._skipped += 1
+        _say(f"step {self.step}: loss or gradient is not finite; the step was skipped")
+        if self._skipped >= self.settings.max_skipped_steps:
+            raise UserError(
+                f"steps {self.step - self._skipped + 1} to {self.step} had no finite loss or "
+                f"gradient (max_skipped_steps is {self._skipped}); the last good checkpoint in "
+                f"{self.folder.checkpoints} is untouched. Lower optimizer.lr, or set "
+                "clip_grad_norm."
+            )
+
+    def _save(self) -> None:
+        state = {
+            "run": self._identity(),
+            "method": self.method.state_dict(self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+            "before": self.before,
+        }
+        keep = self.settings.keep_checkpoints
+        parallel.on_rank_zero(
+            lambda: write_checkpoint(self.folder.checkpoints, self.step, state, keep=keep),
+            self.device,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Return held-out loss and exact match, as far as the settings name data for them."""
+        self.method.write_factors_()
+        figures = {}
+        if self.held_out is not None:
+            figures["loss"] = self._held_out_loss(self.held_out)
+        if self.questions is not None:
+            figures["exact_match"] = exact_match(
+                self.model,
+                self.tokenizer,
+                self.questions,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.settings.batch_size,
+                device=self.device,
+            )
+        return figures
+
+    def _held_out_loss(self, data: Samples) -> float:
+        return held_out_loss(
+            self.model,
+            data,
+            batch_size=self.settings.batch_size,
+            pad_id=self.tokenizer.pad_id,
+            device=self.device,
+        )
+
+    def _finish(self) -> None:
+        after = self.evaluate()
+        parallel.on_rank_zero(lambda: self._write_results(after), self.device)
+
+    def _write_results(self, after: dict[str, float]) -> None:
+        settings = self.settings
+        adapter = self.method.export(
+            self.folder.path / "adapter",
+            rename=hf_module_name,
+            transform_b=output_row_order(
+                str(settings.checkpointer["model_type"]), hf_config(settings)
+            ),
+            base_model_name_or_path=self._base_name(),
+        )
+        summary = {
+            "before": self.before,
+            "after": after,
+            "base_parameters": _count(self.model.parameters()) - self._factor_count(),
+            "trainable_parameters": _count(self.method.parameters()),
+            "factor_parameters": self._factor_count(),
+            "ranks": self.method.ranks(),
+            "initial_rank": settings.method.init_rank,
+            "live_ranks": self.method.live_ranks,
+            "total_ranks": self.method.total_ranks,
+            "steps": self.total_steps,
+            "seconds_per_step": median(self._seconds) if self._seconds else None,
+            "peak_memory_mib": peak_memory_mib(self.device),
+            "adapter": str(adapter),
+        }
+        self.folder.write_json("summary.json", summary)
+        _say(f"adapter: {adapter}")
+        for name, figures in (("before", self.before), ("after", after)):
+            text = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
+            _say(f"{name}: {text or 'nothing to evaluate on'}")
+
+    def _factor_count(self) -> int:
+        return self.method.stack.values.numel()
+
+    def _base_name(self) -> str:
+        named = self.settings.base_model
+        if named is not None and "/" in named:
+            return named
+        return str(Path(self.settings.checkpointer["checkpoint_dir"]).absolute())
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device is {name!r}; expected cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but this machine has no usable GPU; set device=cpu.")
+    return device
+
+
+def _refuse_other_run(saved: dict[str, Any], here: dict[str, Any]) -> None:
+    # Both through the same representation: a checkpoint turns tuples into lists.
+    saved, here = (OmegaConf.to_container(OmegaConf.create(tree)) for tree in (saved, here))
+    different = [key for key in here if saved.get(key) != here[key]]
+    if different:
+        key = different[0]
+        raise UserError(
+            f"the checkpoint is of another run: {key} was {saved.get(key)!r} and is now "
+            f"{here[key]!r} (differing: {', '.join(different)}); restore the settings, or start "
+            "afresh in another output_dir."
+        )
+
+
+def _postfix(row: dict[str, Any], total_ranks: int) -> str:
+    loss = "skipped" if row["loss"] is None else f"{row['loss']:.4f}"
+    return f"loss {loss}, ranks {row['live_ranks']}/{total_ranks}, {row['tokens_per_second']:.0f} tokens/s"
+
+
+def _count(tensors: Any) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _say(line: str) -> None:
+    if parallel.rank() == 0:
+        tqdm.write(line, file=sys.stderr)

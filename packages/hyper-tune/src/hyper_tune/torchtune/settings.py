@@ -1,0 +1,123 @@
+"""A recipe's configuration: every key known, every value checked before any work."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hyper_tune.errors import UserError
+from hyper_tune.method import MethodConfig, known_fields, require, require_choice
+
+Component = Mapping[str, Any]
+
+DTYPES = ("fp32", "bf16")
+MODEL_TYPES = ("LLAMA3", "LLAMA3_2", "QWEN2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSettings:
+    """What one run does; the keys of a configuration file.
+
+    Values that hold ``_component_`` are built by torchtune. ``batch_size`` counts samples per
+    micro-batch and process; an optimizer step sees ``batch_size * gradient_accumulation_steps *
+    processes`` of them. Steps count optimizer steps.
+
+    Raises:
+        UserError: an unknown key, a missing one, or a value out of range, named with the remedy.
+    """
+
+    output_dir: Path
+    model: Component
+    tokenizer: Component
+    checkpointer: Component
+    dataset: Component
+    optimizer: Component
+    lr_scheduler: Component
+    method: MethodConfig
+    base_model: str | None = None
+    dataset_val: Component | None = None
+    exact_match: Component | None = None
+    seed: int = 0
+    shuffle: bool = True
+    batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    epochs: int = 1
+    max_steps: int | None = None
+    clip_grad_norm: float | None = None
+    compile: bool = False
+    enable_activation_checkpointing: bool = False
+    device: str = "cpu"
+    dtype: str = "fp32"
+    save_every_n_steps: int = 100
+    keep_checkpoints: int = 3
+    validate_every_n_steps: int | None = None
+    max_skipped_steps: int = 5
+    resume_from_checkpoint: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        remedy = "set it to 1 or more"
+        for name in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "epochs",
+            "save_every_n_steps",
+            "keep_checkpoints",
+            "max_skipped_steps",
+        ):
+            self._require_whole(name, getattr(self, name), remedy)
+        for name in ("max_steps", "validate_every_n_steps"):
+            if getattr(self, name) is not None:
+                self._require_whole(name, getattr(self, name), remedy)
+        for name in (
+            "shuffle",
+            "compile",
+            "enable_activation_checkpointing",
+            "resume_from_checkpoint",
+        ):
+            value = getattr(self, name)
+            require(isinstance(value, bool), name, value, "must be True or False", "set one")
+        clip = self.clip_grad_norm
+        require(clip is None or clip > 0, "clip_grad_norm", clip, "must be positive", "or null")
+        require_choice("dtype", self.dtype, DTYPES)
+        model_type = str(self.checkpointer.get("model_type"))
+        require_choice("checkpointer.model_type", model_type, MODEL_TYPES)
+
+    @staticmethod
+    def _require_whole(name: str, value: Any, remedy: str) -> None:
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        require(whole, name, value, "must be a whole number of at least 1", remedy)
+
+    @classmethod
+    def from_config(cls, config: DictConfig) -> "RecipeSettings":
+        """Read and check a whole configuration, after command-line overrides."""
+        try:
+            values = OmegaConf.to_container(config, resolve=True)
+        except OmegaConfBaseException as error:
+            raise UserError(f"configuration: {str(error).splitlines()[0]}.") from error
+        assert isinstance(values, dict)
+        known = {field.name for field in fields(cls)}
+        known_fields("configuration", values, known)
+        required = [
+            entry.name
+            for entry in fields(cls)
+            if entry.default is MISSING and entry.default_factory is MISSING
+        ]
+        for key in required:
+            if values.get(key) is None:
+                raise UserError(f"configuration: the key {key!r} is missing; add it to the file.")
+        components = ("model", "tokenizer", "dataset", "optimizer", "lr_scheduler", "checkpointer")
+        for key in components:
+            if not isinstance(values[key], dict) or "_component_" not in values[key]:
+                raise UserError(f"configuration: {key} must be a section with a _component_ key.")
+        if not isinstance(values["method"], dict):
+            raise UserError("configuration: method must be a section of keys, such as name.")
+        values["method"] = MethodConfig.from_mapping(values["method"])
+        values["output_dir"] = Path(values["output_dir"])
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"configuration: a value has the wrong type ({error}).") from error

@@ -1,0 +1,181 @@
+"""Tiny checkpoints of both model families, made on the spot, and configurations that train them."""
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from hyper_tune.torchtune.recipe import FineTuning
+from hyper_tune.torchtune.settings import RecipeSettings
+from omegaconf import DictConfig, OmegaConf
+from tokenizers.pre_tokenizers import ByteLevel
+from torchtune.models.llama3._tokenizer import SPECIAL_TOKENS
+from torchtune.models.qwen2_5._tokenizer import QWEN2_5_SPECIAL_TOKENS
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+SIZES = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "feed_forward": 48, "length": 256}
+
+
+def _save_special_tokens(folder: Path, names: list[str]) -> int:
+    tokens = [{"content": name, "id": 256 + index} for index, name in enumerate(names)]
+    (folder / "special_tokens.json").write_text(json.dumps({"added_tokens": tokens}))
+    return 256 + len(names)
+
+
+def _hf_config(vocabulary: int, seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": SIZES["hidden"],
+        "num_hidden_layers": SIZES["layers"],
+        "num_attention_heads": SIZES["heads"],
+        "num_key_value_heads": SIZES["kv_heads"],
+        "intermediate_size": SIZES["feed_forward"],
+        "max_position_embeddings": SIZES["length"],
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+    }
+
+
+def _component(name: str, vocabulary: int, **more: Any) -> dict[str, Any]:
+    return {
+        "_component_": name,
+        "vocab_size": vocabulary,
+        "num_layers": SIZES["layers"],
+        "num_heads": SIZES["heads"],
+        "num_kv_heads": SIZES["kv_heads"],
+        "embed_dim": SIZES["hidden"],
+        "intermediate_dim": SIZES["feed_forward"],
+        "max_seq_len": SIZES["length"],
+        **more,
+    }
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The configuration of a Llama of 30 thousand random weights with a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    ranks = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
+    (folder / "tokenizer.model").write_text("\n".join(ranks) + "\n")
+    vocabulary = _save_special_tokens(folder, list(SPECIAL_TOKENS))
+    hf = LlamaConfig(**_hf_config(vocabulary, 0), rms_norm_eps=1e-5, rope_theta=500_000.0)
+    LlamaForCausalLM(hf).save_pretrained(folder)
+    return {
+        "model": _component("torchtune.models.llama3.llama3", vocabulary),
+        "tokenizer": {
+            "_component_": "torchtune.models.llama3.llama3_tokenizer",
+            "path": str(folder / "tokenizer.model"),
+            "special_tokens_path": str(folder / "special_tokens.json"),
+        },
+        "checkpointer": _checkpointer(folder, "LLAMA3"),
+    }
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The configuration of a Qwen of 30 thousand random weights with a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("qwen")
+    letters = sorted(ByteLevel.alphabet())
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    vocabulary = _save_special_tokens(folder, list(QWEN2_5_SPECIAL_TOKENS))
+    hf = Qwen2Config(**_hf_config(vocabulary, 1), rms_norm_eps=1e-6, rope_theta=1_000_000.0)
+    Qwen2ForCausalLM(hf).save_pretrained(folder)
+    more = {"norm_eps": 1e-6, "rope_base": 1_000_000.0, "tie_word_embeddings": False}
+    return {
+        "model": _component("torchtune.models.qwen2.qwen2", vocabulary, **more),
+        "tokenizer": {
+            "_component_": "torchtune.models.qwen2_5.qwen2_5_tokenizer",
+            "path": str(folder / "vocab.json"),
+            "merges_file": str(folder / "merges.txt"),
+            "special_tokens_path": str(folder / "special_tokens.json"),
+        },
+        "checkpointer": _checkpointer(folder, "QWEN2"),
+    }
+
+
+def _checkpointer(folder: Path, model_type: str) -> dict[str, Any]:
+    return {
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+        "checkpoint_dir": str(folder),
+        "checkpoint_files": ["model.safetensors"],
+        "model_type": model_type,
+    }
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-two questions of unequal length, with answers."""
+    path = tmp_path_factory.mktemp("data") / "records.jsonl"
+    rows = [
+        {"question": f"What is {a} plus {a * a}?", "answer": f"{a + a * a} " + "!" * (a % 5)}
+        for a in range(22)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ConfigMaker = Callable[..., Path]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, llama: dict[str, Any], records: Path) -> ConfigMaker:
+    """Return what writes a configuration file; keyword arguments override its keys."""
+
+    def make(**overrides: Any) -> Path:
+        config = {
+            "output_dir": str(tmp_path / "run"),
+            **llama,
+            "method": {
+                "name": "hyperadalora",
+                "init_rank": 4,
+                "budget": 2,
+                "hypernetwork": {"preset": "attention-small"},
+                "pruning": {"interval": 3},
+            },
+            "dataset": {
+                "_component_": "hyper_tune.torchtune.data.file_dataset",
+                "path": str(records),
+            },
+            "optimizer": {"_component_": "torch.optim.Adam", "lr": 1e-3},
+            "lr_scheduler": {
+                "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+                "num_warmup_steps": 2,
+            },
+            "batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 12,
+            "save_every_n_steps": 4,
+            "epochs": 10,
+        }
+        config.update(overrides)
+        path = tmp_path / "config.yaml"
+        path.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+        return path
+
+    return make
+
+
+def run_in_process(config: Path, *overrides: str) -> None:
+    """Run a configuration in this process, without the command line."""
+    merged = OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(list(overrides)))
+    with FineTuning(RecipeSettings.from_config(cast("DictConfig", merged))) as run:
+        run.train()
+
+
+@pytest.fixture
+def run() -> Callable[..., None]:
+    """Return what runs a configuration in this process."""
+    return run_in_process
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Keep torch from starting threads for matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

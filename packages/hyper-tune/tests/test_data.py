@@ -1,0 +1,84 @@
+"""Local files of every format become samples whose prompts carry no loss."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hyper_tune.errors import UserError
+from hyper_tune.torchtune.components import build
+from hyper_tune.torchtune.data import FileDataset, collate
+
+GSM8K = Path(__file__).parent / "data" / "gsm8k.jsonl"
+QUESTION, ANSWER = "What is 2 + 2?", "4"
+FORMATS = {
+    "pairs.jsonl": json.dumps({"question": QUESTION, "answer": ANSWER}),
+    "chat.jsonl": json.dumps(
+        {
+            "messages": [
+                {"role": "user", "content": QUESTION},
+                {"role": "assistant", "content": ANSWER},
+            ]
+        }
+    ),
+    "alpaca.json": json.dumps([{"instruction": QUESTION, "input": "", "output": ANSWER}]),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+def test_only_the_answer_and_its_end_carry_loss(
+    tmp_path: Path, request: pytest.FixtureRequest, family: str, name: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(FORMATS[name])
+    tokenizer = build("tokenizer", request.getfixturevalue(family)["tokenizer"])
+    sample = FileDataset(tokenizer, str(path))[0]
+    learned = [label for label in sample["labels"] if label != -100]
+    text = tokenizer.decode(learned, skip_special_tokens=False)
+    assert text.startswith(ANSWER)
+    assert QUESTION not in text
+    assert any(token in tokenizer.stop_tokens for token in learned)
+    assert QUESTION in tokenizer.decode(list(sample["tokens"]), skip_special_tokens=False)
+    assert [t for t, label in zip(sample["tokens"], sample["labels"], strict=True) if label == t]
+
+
+def test_padding_and_shift() -> None:
+    samples = [
+        {"tokens": [1, 2, 3], "labels": [-100, 2, 3]},
+        {"tokens": [4, 5], "labels": [-100, 5]},
+    ]
+    tokens, labels = collate(samples, 9, torch.device("cpu"))
+    assert tokens.tolist() == [[1, 2, 3], [4, 5, 9]]
+    assert labels.tolist() == [[2, 3, -100], [5, -100, -100]]
+
+
+def test_a_record_cut_before_its_answer_is_refused(tmp_path: Path, llama: dict[str, Any]) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(FORMATS["pairs.jsonl"])
+    tokenizer = build("tokenizer", {**llama["tokenizer"], "max_seq_len": 8})
+    with pytest.raises(UserError, match="pairs.jsonl:1: none of the 8 tokens is the assistant's"):
+        FileDataset(tokenizer, str(path))
+
+
+def test_held_out_loss_on_gsm8k_falls(
+    tmp_path: Path, make_config: Callable[..., Path], run: Callable[..., None], llama: dict[str, Any]
+) -> None:
+    rows = GSM8K.read_text().splitlines(keepends=True)
+    paths = {"train": tmp_path / "train.jsonl", "held_out": tmp_path / "held_out.jsonl"}
+    paths["train"].write_text("".join(rows[:48]))
+    paths["held_out"].write_text("".join(rows[48:]))
+    component = "hyper_tune.torchtune.data.file_dataset"
+    run(
+        make_config(
+            model={**llama["model"], "max_seq_len": 2048},
+            dataset={"_component_": component, "path": str(paths["train"])},
+            dataset_val={"_component_": component, "path": str(paths["held_out"])},
+            batch_size=4,
+            max_steps=30,
+        )
+    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["after"]["loss"] < summary["before"]["loss"] - 1.0

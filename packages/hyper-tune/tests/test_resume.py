@@ -1,0 +1,122 @@
+"""A run that is killed and resumed goes on as if nothing had happened, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+STEPS = 60
+TUNE = Path(sys.executable).with_name("tune")
+COMPARED = ("step", "loss", "penalty", "grad_norm", "lr", "live_ranks", "tokens")
+
+
+def command(config: Path, output: Path, ranks: int, *overrides: str) -> list[str]:
+    launch = [str(TUNE), "run"]
+    if ranks > 1:
+        launch += ["--nproc_per_node", str(ranks)]
+    launch += ["hyper-tune/hyperadalora_full", "--config", str(config)]
+    return [*launch, f"output_dir={output}", f"max_steps={STEPS}", *overrides]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    path = output / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def kill_after(output: Path, launched: list[str], steps: int) -> int:
+    """Start a run, kill every process of it once it has logged ``steps``, return how far it got."""
+    process = psutil.Popen(
+        launched, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+    )
+    deadline = time.monotonic() + 120
+    while len(rows(output)) < steps:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    for victim in [*process.children(recursive=True), process]:
+        victim.kill()
+    assert process.wait() == -9
+    return len(rows(output))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_run_resumes_bit_for_bit(
+    tmp_path: Path, make_config: Callable[..., Path], ranks: int
+) -> None:
+    config = make_config(save_every_n_steps=4)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(config, whole, ranks), check=True, env=environment())
+
+    reached = kill_after(killed, command(config, killed, ranks), steps=9)
+    assert 9 <= reached < STEPS
+    resume = command(config, killed, ranks, "resume_from_checkpoint=True")
+    subprocess.run(resume, check=True, env=environment())
+
+    expected, found = ([{k: row[k] for k in COMPARED} for row in rows(f)] for f in (whole, killed))
+    assert found == expected
+    assert expected[0]["live_ranks"] > expected[8]["live_ranks"] > expected[-1]["live_ranks"]
+    last = Path("checkpoints") / f"step-{STEPS:08d}"
+    for name in ("state.safetensors", "state.json"):
+        assert (killed / last / name).read_bytes() == (whole / last / name).read_bytes()
+    adapter = Path("adapter/adapter_model.safetensors")
+    assert (killed / adapter).read_bytes() == (whole / adapter).read_bytes()
+
+
+def test_successive_checkpoints_differ(
+    tmp_path: Path, make_config: Callable[..., Path], run: Callable[..., None]
+) -> None:
+    run(make_config(save_every_n_steps=1, max_steps=5))
+    folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    states = [load_file(folder / "state.safetensors") for folder in folders]
+    assert len(states) == 3
+    for before, after in zip(states, states[1:], strict=False):
+        moved = [key for key in before if not before[key].equal(after[key])]
+        assert any("hypernetwork" in key for key in moved)
+        assert any("exp_avg" in key for key in moved)
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    tmp_path: Path,
+    make_config: Callable[..., Path],
+    run: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = make_config()
+    run(config)
+    expected = [{key: row[key] for key in COMPARED} for row in rows(tmp_path / "run")]
+    newest = tmp_path / "run" / "checkpoints" / "step-00000012" / "state.safetensors"
+    damaged = bytearray(newest.read_bytes())
+    damaged[-5] ^= 1
+    newest.write_bytes(bytes(damaged))
+
+    run(config, "resume_from_checkpoint=True")
+
+    said = capsys.readouterr().err
+    assert "step-00000012" in said
+    assert "from step 8 of 12" in said
+    assert [{key: row[key] for key in COMPARED} for row in rows(tmp_path / "run")] == expected
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+    make_config: Callable[..., Path], run: Callable[..., None]
+) -> None:
+    config = make_config()
+    run(config)
+    message = "the checkpoint is of another run: seed was 0 and is now 1 "
+    with pytest.raises(ValueError, match=message):
+        run(config, "resume_from_checkpoint=True", "seed=1")
