@@ -196,7 +196,7 @@ def _make_owner(config: MethodConfig, stack: FactorStack) -> FactorOwner:
         outputs={role: _OUTPUTS[role] for role in leaves},
         zero_start=_ZERO_AT_START & leaves.keys(),
         gradient_normalisation=settings.gradient_normalisation,
-    ).to(stack.values.device, stack.values.dtype)
+    )
 
 
 def _make_allocator(config: MethodConfig, stack: FactorStack, total_steps: int) -> RankAllocator:

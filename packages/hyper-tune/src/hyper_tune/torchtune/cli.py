@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+import time
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -104,6 +105,9 @@ def _run(cfg: DictConfig) -> int:
 def _report(error: Exception) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         sys.stderr.write(f"error: {error}\n")
+    else:
+        # The launcher ends the job at the first exit; rank 0 must have spoken by then.
+        time.sleep(2)
     return EXIT_MISTAKE
 
 

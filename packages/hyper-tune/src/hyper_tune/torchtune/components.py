@@ -20,4 +20,5 @@ def build(section: str, component: Component, *arguments: Any, **overrides: Any)
         return config.instantiate(OmegaConf.create(dict(component)), *arguments, **overrides)
     except (InstantiationError, TypeError) as error:
         name = component["_component_"]
-        raise UserError(f"{section}: {name} cannot be built: {error}.") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{section}: {name} cannot be built: {reason}") from error

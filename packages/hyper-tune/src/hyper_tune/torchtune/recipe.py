@@ -1,5 +1,6 @@
 """One fine-tuning run, from its settings to the exported adapter."""
 
+import json
 import sys
 import time
 from dataclasses import asdict
@@ -9,7 +10,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from hyper_tune import parallel
@@ -41,12 +41,21 @@ class FineTuning:
 
     def __init__(self, settings: RecipeSettings) -> None:
         self.settings = settings
+        self.folder = RunFolder(settings.output_dir)
         self.step = 0
         self.before: dict[str, float] = {}
         self._skipped = 0
         self._seconds: list[float] = []
 
     def __enter__(self) -> "FineTuning":
+        try:
+            self._build()
+        except BaseException:
+            self.folder.close()
+            raise
+        return self
+
+    def _build(self) -> None:
         settings = self.settings
         check_files(settings)
         self.device = parallel.start(_device(settings.device))
@@ -71,7 +80,6 @@ class FineTuning:
         prepare_(model, settings, self.method.stack.leaf_parameters())
         load_(model, settings, self.method.layers, self.device)
         self.model = model
-        return self
 
     def __exit__(
         self,
@@ -79,8 +87,7 @@ class FineTuning:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if hasattr(self, "folder"):
-            self.folder.close()
+        self.folder.close()
 
     @property
     def _global_batch(self) -> int:
@@ -106,7 +113,6 @@ class FineTuning:
 
     def _open_run_folder(self) -> None:
         settings = self.settings
-        self.folder = RunFolder(settings.output_dir)
         resume = settings.resume_from_checkpoint
         parallel.on_rank_zero(lambda: self.folder.start(resume=resume), self.device)
         if resume and has_checkpoints(self.folder.checkpoints):
@@ -331,8 +337,8 @@ def _device(name: str) -> torch.device:
 
 
 def _refuse_other_run(saved: dict[str, Any], here: dict[str, Any]) -> None:
-    # Both through the same representation: a checkpoint turns tuples into lists.
-    saved, here = (OmegaConf.to_container(OmegaConf.create(tree)) for tree in (saved, here))
+    # A checkpoint turns tuples into lists.
+    here = json.loads(json.dumps(here))
     different = [key for key in here if saved.get(key) != here[key]]
     if different:
         key = different[0]

@@ -1,7 +1,7 @@
 """A recipe's configuration: every key known, every value checked before any work."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ class RecipeSettings:
 
     Values that hold ``_component_`` are built by torchtune. ``batch_size`` counts samples per
     micro-batch and process; an optimizer step sees ``batch_size * gradient_accumulation_steps *
-    processes`` of them. Steps count optimizer steps.
+    processes`` of them. Steps count optimizer steps. ``model_dir`` and ``data_dir`` are there for
+    other keys to refer to, as ``${model_dir}``.
 
     Raises:
         UserError: an unknown key, a missing one, or a value out of range, named with the remedy.
@@ -56,7 +57,8 @@ class RecipeSettings:
     validate_every_n_steps: int | None = None
     max_skipped_steps: int = 5
     resume_from_checkpoint: bool = False
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    model_dir: str | None = None
+    data_dir: str | None = None
 
     def __post_init__(self) -> None:
         remedy = "set it to 1 or more"
@@ -99,12 +101,12 @@ class RecipeSettings:
         except OmegaConfBaseException as error:
             raise UserError(f"configuration: {str(error).splitlines()[0]}.") from error
         assert isinstance(values, dict)
-        known = {field.name for field in fields(cls)}
+        known = {entry.name for entry in fields(cls)}
         known_fields("configuration", values, known)
         required = [
             entry.name
             for entry in fields(cls)
-            if entry.default is MISSING and entry.default_factory is MISSING
+            if entry.default is MISSING
         ]
         for key in required:
             if values.get(key) is None:

@@ -1,0 +1,1 @@
+"""What mixes the tokens of one matrix; one body a file."""

@@ -1,0 +1,59 @@
+"""Sizes of the attention body by name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hyper_core.errors import HyperError
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The size of an attention body: ``layers`` encoder layers over tokens ``hidden`` wide.
+
+    The defaults are one layer of TinyBERT (paper, section 4.1.4): 312 wide, 12 heads; its
+    feed-forward part, which the paper does not state, is TinyBERT's 1200.
+
+    Raises:
+        HyperError: a size below one, or ``hidden`` that ``heads`` does not divide.
+
+    >>> AttentionConfig().hidden
+    312
+    """
+
+    hidden: int = 312
+    heads: int = 12
+    feed_forward: int = 1200
+    layers: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "heads", "feed_forward", "layers"):
+            value = getattr(self, name)
+            if value < 1:
+                raise HyperError(f"AttentionConfig.{name} is {value}, expected at least 1.")
+        if self.hidden % self.heads:
+            raise HyperError(
+                f"AttentionConfig.hidden is {self.hidden}, which {self.heads} heads do not divide; "
+                f"make it a multiple of {self.heads}."
+            )
+
+
+PRESETS: Mapping[str, AttentionConfig] = {
+    "attention-tinybert": AttentionConfig(),
+    "attention-small": AttentionConfig(hidden=96, heads=4, feed_forward=384),
+}
+
+
+def find_config(config: AttentionConfig | str) -> AttentionConfig:
+    """Return the size that a preset's name stands for; a size stands for itself.
+
+    Raises:
+        HyperError: the name is unknown; the known ones are listed.
+
+    >>> find_config("attention-small").hidden
+    96
+    """
+    if isinstance(config, AttentionConfig):
+        return config
+    if config not in PRESETS:
+        raise HyperError(f"the preset {config!r} is unknown; expected one of {', '.join(PRESETS)}.")
+    return PRESETS[config]
