@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowrank_adapters import LowRankLinear, adapter_state_dict, freeze_base_
+from lowrank_adapters import LowRankLinear, adapter_state_dict, freeze_base_, inside_adapters
 from torch import Tensor, nn
 from torchtune import training
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
@@ -122,7 +122,7 @@ def load_(
     checkpointer = dict(settings.checkpointer)
     checkpointer.setdefault("output_dir", str(settings.output_dir))
     weights = build("checkpointer", checkpointer).load_checkpoint()[training.MODEL_KEY]
-    weights = {_inside(name, layers): value for name, value in weights.items()}
+    weights = {inside_adapters(name, layers): value for name, value in weights.items()}
     _refuse_other_model(model, weights, settings)
     if world_size() > 1:
         training.load_from_full_model_state_dict(model, weights, device, strict=False)
@@ -137,11 +137,6 @@ def load_(
     training.validate_no_params_on_meta_device(model)
     freeze_base_(model)
     model.set_num_output_chunks(_OUTPUT_CHUNKS)  # type: ignore[operator]
-
-
-def _inside(name: str, layers: Mapping[str, LowRankLinear]) -> str:
-    module, _, parameter = name.rpartition(".")
-    return f"{module}.base.{parameter}" if module in layers else name
 
 
 def _refuse_other_model(

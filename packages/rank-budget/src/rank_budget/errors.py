@@ -1,0 +1,11 @@
+"""The package's one error type."""
+
+
+class BudgetError(ValueError):
+    """What is wrong with a budget, its rule, and the remedy, in one line."""
+
+
+def require(condition: bool, field: str, value: object, rule: str) -> None:
+    """Raise a `BudgetError` that names the field, its value and the rule that it breaks."""
+    if not condition:
+        raise BudgetError(f"{field} is {value}, but {rule}.")
