@@ -94,12 +94,24 @@ def loss_sum(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+def literal_factors(method: Assembly, role: str, state: str) -> list[Tensor]:
+    """The factors of one role, (matrices, rank, width) each, in one graph with the weights."""
+    count = sum(group.role == role for group in method.stack.groups)
+    before = [method.owner.get_buffer(f"state_{role}_{i}") for i in range(count)]
+    after = method.owner.hypernetworks[role](before)
+    if state == "static":
+        after = [start + change for start, change in zip(before, after, strict=True)]
+    if role == "lam":
+        return after
+    return [rows / rows.norm(dim=-1, keepdim=True) for rows in after]
+
+
 def end_to_end(state: str) -> dict[str, Tensor]:
     """The twin: hypernetworks, model and penalty in one graph, one backward pass."""
     model, method = build(state)
     x, labels = data()
     names, weights = zip(*method.owner.named_parameters(), strict=True)
-    generated = method.owner.generate()
+    generated = {role: literal_factors(method, role, state) for role in ("p", "lam", "q")}
     replaced = {}
     penalty = torch.zeros((), dtype=torch.float64)
     roles: dict[str, int] = {}

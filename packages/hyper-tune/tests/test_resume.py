@@ -13,7 +13,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-STEPS = 60
+STEPS = 48
 TUNE = Path(sys.executable).with_name("tune")
 COMPARED = ("step", "loss", "penalty", "grad_norm", "lr", "live_ranks", "tokens")
 

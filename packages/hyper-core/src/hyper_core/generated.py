@@ -1,14 +1,15 @@
 """The leaf boundary: hypernetworks write leaf tensors and learn from their gradients."""
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hyper_core.errors import HyperError
 from hyper_core.hypernetwork import Hypernetwork
+from hyper_core.leaves import LeafGroup, group_leaves
 from hyper_core.presets import AttentionConfig, find_config
 
 State = Literal["recurrent", "static"]
@@ -27,17 +28,22 @@ class GeneratedParameters(nn.Module):
     3. `backward` carries the leaves' ``.grad`` into the hypernetworks' weights;
     4. an optimizer changes those weights, and `commit` makes the leaves' values the next state.
 
-    ``leaves``: by role, tensors (matrices, tokens, width), or (tokens, width) as a stack of one.
+    ``leaves``: by role, tensors (matrices, tokens, width), or (tokens, width) as a matrix each.
+    They need not require grad where someone else sets their ``.grad``.
+    ``config``: a size, or the name of one in `PRESETS`.
     ``state``: "recurrent" as in equations 4 to 6, the gradient stopping at P_i, or "static",
-    P = out(P_0 + H(P_0)). ``outputs``: by role "free" (default) or "unit_rows", every row divided
-    by its norm. ``zero_start``: roles whose values are exactly 0 at the first refresh.
-    ``gradient_normalisation``: "none", or "token_rms", each token's gradient divided by the
-    running root mean square of its own, averaged with ``gradient_decay``.
+    P = out(P_0 + H(P_0)) with H = 0 at the start. P_0 is what the leaves hold at construction.
+    ``outputs``: by role "free" (default) or "unit_rows", each row divided by its norm; a row of
+    zeros stays zero and gets no gradient.
+    ``zero_start``: roles whose values are exactly 0 at the first refresh.
+    ``gradient_normalisation``: "none", or "token_rms": each token's gradient is divided by the
+    root of the running mean of its squares, an average with ``gradient_decay``, bias-corrected.
 
-    Gradient: to the hypernetworks' weights, which are all of `parameters`.
-    Saved: weights, the state of every leaf, the running averages, the number of commits.
-    Dtype: float32, or the leaves' where it is wider; the leaves may be narrower.
-    Paper: section 3.2, equations 4 to 6, and Appendix C.
+    Dtype and device: float32, or the leaves' where wider, on the leaves' device; `to` changes it.
+    Values are converted where they meet the leaves, which may be narrower.
+    Gradient: to the hypernetworks' weights, which are all of `parameters`; never to the state.
+    Saved: the weights, the state, the running averages; nothing else changes the next step.
+    Paper: section 3.2 and Appendix C. Deviations: unit rows, the static state, token_rms.
 
     Raises:
         HyperError: an unknown preset, role or choice, a role without tensors, a wrong shape.
@@ -52,7 +58,10 @@ class GeneratedParameters(nn.Module):
     True
     """
 
-    steps: Tensor
+    _refreshed: bool
+    _pending: list[Tensor]
+    _versions: list[list[int]]
+    _averages: list[Tensor]
 
     def __init__(
         self,
@@ -67,89 +76,77 @@ class GeneratedParameters(nn.Module):
     ) -> None:
         super().__init__()
         outputs = outputs or {}
-        _check_leaves(leaves)
-        _check_roles("outputs", outputs, leaves)
-        _check_roles("zero_start", zero_start, leaves)
         _check_choice("state", state, ("recurrent", "static"))
         _check_choice("gradient_normalisation", gradient_normalisation, ("none", "token_rms"))
-        for role, output in outputs.items():
-            _check_choice(f"outputs[{role!r}]", output, ("free", "unit_rows"))
-        if not 0 <= gradient_decay < 1:
-            raise HyperError(f"gradient_decay is {gradient_decay}, expected 0 or more, below 1.")
-        self._leaves = {role: list(tensors) for role, tensors in leaves.items()}
-        self._outputs = {role: outputs.get(role, "free") for role in leaves}
+        _check_decay(gradient_decay)
+        self._groups = group_leaves(leaves)
+        _check_outputs(outputs, zero_start, leaves)
+        self._unit_rows = {role for role, output in outputs.items() if output == "unit_rows"}
         self._recurrent = state == "recurrent"
         self._decay = gradient_decay if gradient_normalisation == "token_rms" else None
-        self._pending: dict[str, list[Tensor]] | None = None
-        self._versions: list[int] = []
-        self._averages: list[Tensor] = []
+        self.hypernetworks = nn.ModuleDict()
         size = find_config(config)
-        self.hypernetworks = nn.ModuleDict(
-            {
-                role: Hypernetwork(
-                    [tuple(_stacked(t).shape) for t in tensors],  # type: ignore[misc]
-                    size,
-                    zero_output=not self._recurrent or role in zero_start,
-                )
-                for role, tensors in self._leaves.items()
-            }
-        )
-        self._keep_state(zero_start)
+        for role in leaves:
+            shapes = [group.shape for group in self._groups if group.role == role]
+            zero_output = not self._recurrent or role in zero_start
+            self.hypernetworks[role] = Hypernetwork(shapes, size, zero_output=zero_output)
+        self._register_state(zero_start)
+        self.discard()
 
-    def _keep_state(self, zero_start: Collection[str]) -> None:
-        """Register the state in the leaves' precision, at least float32, and move all to it."""
+    def _register_state(self, zero_start: Collection[str]) -> None:
+        """Make the buffers, and move all to the leaves' device and dtype, at least float32."""
         dtype = torch.float32
-        for _, _, leaf in self._each_leaf():
+        for leaf in (leaf for group in self._groups for leaf in group.leaves):
             dtype = torch.promote_types(dtype, leaf.dtype)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        for role, position, leaf in self._each_leaf():
-            start = _stacked(leaf).detach().to(dtype, copy=True)
-            if role in zero_start:
-                start.zero_()
-            self.register_buffer(f"state_{role}_{position}", start)
-            if self._decay is not None:
-                average = torch.zeros(start.shape[:2], dtype=dtype)
-                self.register_buffer(f"square_{role}_{position}", average)
-        self.to(self._each_leaf()[0][2].device, dtype)
+        self._state_names = [f"state_{group.role}_{i}" for i, group in self._numbered()]
+        for name, group in zip(self._state_names, self._groups, strict=True):
+            start = group.values()
+            self.register_buffer(name, start.zero_() if group.role in zero_start else start)
+        self._average_names: list[str] = []
+        if self._decay is not None:
+            self._average_names = [f"square_{group.role}_{i}" for i, group in self._numbered()]
+            for name, group in zip(self._average_names, self._groups, strict=True):
+                self.register_buffer(name, torch.zeros(*group.shape[:2], 1))
+            self._average_names.append("square_weight")
+            self.register_buffer("square_weight", torch.zeros(()))
+        self.to(self._groups[0].leaves[0].device, dtype)
 
-    def _each_leaf(self) -> list[tuple[str, int, Tensor]]:
-        return [
-            (role, position, leaf)
-            for role, tensors in self._leaves.items()
-            for position, leaf in enumerate(tensors)
-        ]
+    def _numbered(self) -> list[tuple[int, LeafGroup]]:
+        """Return the groups, each with its position in its role."""
+        by_role = groupby(self._groups, key=lambda group: group.role)
+        return [numbered for _, groups in by_role for numbered in enumerate(groups)]
 
-    def _buffers_named(self, prefix: str) -> list[Tensor]:
-        return [self.get_buffer(f"{prefix}_{role}_{i}") for role, i, _ in self._each_leaf()]
+    def _saved(self, names: Sequence[str]) -> list[Tensor]:
+        return [self.get_buffer(name) for name in names]
 
-    def generate(self) -> dict[str, list[Tensor]]:
-        """Return the values of every role, (matrices, tokens, width) each, in autograd's graph.
-
-        A pure function of weights and state: it changes nothing.
-        """
-        generated = {}
-        for role, network in self.hypernetworks.items():
-            count = len(self._leaves[role])
-            state = [self.get_buffer(f"state_{role}_{i}") for i in range(count)]
-            values = network(state)
+    def _generate(self) -> list[Tensor]:
+        """Return the values of each group, in autograd's graph; changes nothing."""
+        state = dict(zip(self._groups, self._saved(self._state_names), strict=True))
+        values: list[Tensor] = []
+        for role, hypernetwork in self.hypernetworks.items():
+            start = [state[group] for group in self._groups if group.role == role]
+            # A surrounding autocast would round the factors to the precision of activations.
+            with torch.autocast(start[0].device.type, enabled=False):
+                output = hypernetwork(start)
             if not self._recurrent:
-                values = [start + change for start, change in zip(state, values, strict=True)]
-            if self._outputs[role] == "unit_rows":
-                values = [functional.normalize(value, dim=-1, eps=_EPSILON) for value in values]
-            generated[role] = values
-        return generated
+                output = [before + change for before, change in zip(start, output, strict=True)]
+            values += [_unit_rows(rows) for rows in output] if role in self._unit_rows else output
+        return values
 
     def refresh(self) -> None:
-        """Write this step's values into the leaves; the leaves must not change until `backward`.
+        """Write this step's values into the leaves, which must not change until `backward`.
 
-        Under `torch.no_grad` it only writes, for evaluation: nothing waits for a `backward`.
+        A function of weights and state alone: a second call writes the same values. Under
+        `torch.no_grad` it writes for evaluation only: nothing waits for `backward` or `commit`.
         """
-        generated = self.generate()
-        with torch.no_grad():
-            for role, position, leaf in self._each_leaf():
-                leaf.copy_(generated[role][position].view_as(leaf))
-        self._pending = generated if torch.is_grad_enabled() else None
-        self._versions = [leaf._version for _, _, leaf in self._each_leaf()]
+        values = self._generate()
+        for group, rows in zip(self._groups, values, strict=True):
+            group.write_(rows)
+        self.discard()
+        if torch.is_grad_enabled():
+            self._refreshed = True
+            self._pending = values
+            self._versions = [group.versions() for group in self._groups]
 
     def backward(self) -> None:
         """Carry the leaves' gradients into the hypernetworks' weights, in one backward pass.
@@ -157,86 +154,95 @@ class GeneratedParameters(nn.Module):
         Raises:
             HyperError: there was no `refresh`, a leaf has changed since, or has no gradient.
         """
-        if self._pending is None:
-            raise HyperError("backward() without refresh(); call refresh() once before each step.")
-        for (role, position, leaf), version in zip(self._each_leaf(), self._versions, strict=True):
-            if leaf._version != version:
-                raise HyperError(
-                    f"{role}[{position}] was changed between refresh() and backward(), so that its "
-                    "gradient may be of other values; change it before refresh() or after "
-                    "backward()."
-                )
-            if leaf.grad is None:
-                raise HyperError(
-                    f"{role}[{position}] has no gradient; run the model's backward pass after "
-                    "refresh(), and make sure that the model reads this tensor."
-                )
-        values = [value for role in self._leaves for value in self._pending[role]]
-        torch.autograd.backward(values, self._cotangents(values))
-
-    def _cotangents(self, values: list[Tensor]) -> list[Tensor]:
+        if not self._pending:
+            raise HyperError(
+                "backward() was called without a pending refresh(), expected one refresh() before "
+                "each backward(); call refresh() with gradients enabled before the model runs."
+            )
+        for group, versions in zip(self._groups, self._versions, strict=True):
+            group.check_unchanged(versions)
         gradients = [
-            leaf.grad.view_as(value).to(value.dtype)
-            for (_, _, leaf), value in zip(self._each_leaf(), values, strict=True)
-            if leaf.grad is not None
+            group.gradients().to(rows.dtype)
+            for group, rows in zip(self._groups, self._pending, strict=True)
         ]
+        torch.autograd.backward(self._pending, self._normalised(gradients))
+        self._pending = []
+
+    def _normalised(self, gradients: list[Tensor]) -> list[Tensor]:
         if self._decay is None:
             return gradients
-        squares = [gradient.square().mean(-1) for gradient in gradients]
-        self._averages = list(
-            torch._foreach_lerp(self._buffers_named("square"), squares, 1 - self._decay)
-        )
-        correction = 1 - torch.pow(self._decay, (self.steps + 1).to(gradients[0].dtype))
+        squares = [gradient.square().mean(-1, keepdim=True) for gradient in gradients]
+        before = self._saved(self._average_names)
+        self._averages = [
+            torch.lerp(average, square, 1 - self._decay)
+            for average, square in zip(before, [*squares, torch.ones_like(before[-1])], strict=True)
+        ]
+        weight = self._averages[-1]
         return [
-            gradient / ((average / correction).sqrt() + _EPSILON).unsqueeze(-1)
-            for gradient, average in zip(gradients, self._averages, strict=True)
+            gradient / ((average / weight).sqrt() + _EPSILON)
+            for gradient, average in zip(gradients, self._averages[:-1], strict=True)
         ]
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Make the leaves' present values the state, and keep the gradients' running averages."""
+        """Make the leaves' present values the state, and advance the gradients' averages.
+
+        Raises:
+            HyperError: there was no `refresh` since the last `commit` or `discard`.
+        """
+        if not self._refreshed:
+            raise HyperError(
+                "commit() was called without a pending refresh(), expected one refresh() before "
+                "each commit(); an evaluation's refresh() belongs after commit()."
+            )
         if self._recurrent:
-            for state, (_, _, leaf) in zip(
-                self._buffers_named("state"), self._each_leaf(), strict=True
-            ):
-                state.copy_(leaf.view_as(state))
-        if self._decay is not None and self._averages:
-            torch._foreach_copy_(self._buffers_named("square"), self._averages)
-        self.steps.add_(1)
+            for state, group in zip(self._saved(self._state_names), self._groups, strict=True):
+                state.copy_(group.values())
+        if self._averages:
+            torch._foreach_copy_(self._saved(self._average_names), self._averages)
         self.discard()
 
     def discard(self) -> None:
-        """Forget the last `refresh`: state and averages stay as they were."""
-        self._pending = None
+        """Forget the pending `refresh`: state and averages stay as they were."""
+        self._refreshed = False
+        self._pending = []
+        self._versions = []
         self._averages = []
 
 
-def _stacked(leaf: Tensor) -> Tensor:
-    return leaf if leaf.ndim == 3 else leaf.unsqueeze(0)
+def _unit_rows(rows: Tensor) -> Tensor:
+    """Divide each row by its norm; a row of zeros stays zero, with gradient zero."""
+    square = rows.square().sum(-1, keepdim=True)
+    has_norm = square > torch.finfo(rows.dtype).tiny
+    return rows * torch.where(has_norm, torch.where(has_norm, square, 1.0).rsqrt(), 0.0)
 
 
-def _check_leaves(leaves: Mapping[str, Sequence[Tensor]]) -> None:
-    if not leaves:
-        raise HyperError("there is no role; give at least one, such as {'weight': [tensor]}.")
-    for role, tensors in leaves.items():
-        if not tensors:
-            raise HyperError(f"the role {role!r} has no tensors; give at least one, or drop it.")
-        for position, leaf in enumerate(tensors):
-            if leaf.ndim not in (2, 3):
-                raise HyperError(
-                    f"{role}[{position}] has the shape {tuple(leaf.shape)}, expected "
-                    "(matrices, tokens, width) or (tokens, width)."
-                )
-
-
-def _check_roles(what: str, named: Collection[str], leaves: Mapping[str, object]) -> None:
-    unknown = sorted(set(named) - set(leaves))
-    if unknown:
+def _check_decay(decay: float) -> None:
+    if not 0 <= decay < 1:
         raise HyperError(
-            f"{what} names the role {unknown[0]!r}, but the roles are {', '.join(leaves)}."
+            f"gradient_decay is {decay}, expected 0 or more and below 1; 0.99 averages about the "
+            "last 100 steps."
         )
+
+
+def _check_outputs(
+    outputs: Mapping[str, str], zero_start: Collection[str], leaves: Mapping[str, object]
+) -> None:
+    for what, named in (("outputs", outputs), ("zero_start", zero_start)):
+        for role in sorted(set(named) - set(leaves)):
+            raise HyperError(
+                f"{what} names the role {role!r}, expected one of {', '.join(leaves)}; correct or "
+                "drop it."
+            )
+    for role, output in outputs.items():
+        _check_choice(f"outputs[{role!r}]", output, ("free", "unit_rows"))
+        if output == "unit_rows" and role in zero_start:
+            raise HyperError(
+                f"outputs[{role!r}] is 'unit_rows' and zero_start names {role!r}, but zero has no "
+                "direction; make the output 'free' or drop it from zero_start."
+            )
 
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise HyperError(f"{what} is {value!r}, expected one of {', '.join(choices)}.")
+        raise HyperError(f"{what} is {value!r}, expected one of {', '.join(choices)}; choose one.")

@@ -25,12 +25,15 @@ class Hypernetwork(nn.Module):
     ``zero_output``: start with output 0.
 
     Gradient: to all weights and to the input. Saved: all weights.
-    Start: W_in has N(0, 1), so that a token of unit norm arrives with unit variance; W_out has
-    N(0, 1/(hidden·width)), so that an output row has expected norm one.
-    Paper: section 3.3 and equation 8. Deviation: a token is a component, not a single number.
+    Start: W_in has N(0, 1): the variance of Σⱼ wⱼ xⱼ is σ²·Σⱼ xⱼ², so that a token of unit norm
+    arrives with unit variance, as much as either embedding. W_out has N(0, 1/(hidden·width)): the
+    body puts out a squared norm of ``hidden``, so that each of ``width`` numbers has variance
+    1/width and the row has an expected squared norm of one.
+    Paper: section 3.3 and equation 8. Deviations: a token is a rank component, not a single
+    number; the embeddings.
 
     Raises:
-        HyperError: no shape, or a size below one.
+        HyperError: no shape, a shape that is not three sizes, or a size below one.
 
     >>> network = Hypernetwork([(4, 3, 16), (2, 3, 8)], AttentionConfig(12, 2, 24))
     >>> [tuple(y.shape) for y in network([torch.ones(4, 3, 16), torch.ones(2, 3, 8)])]
@@ -46,12 +49,12 @@ class Hypernetwork(nn.Module):
         zero_output: bool = False,
     ) -> None:
         super().__init__()
-        if not shapes or any(size < 1 for shape in shapes for size in shape):
+        if not shapes or any(len(shape) != 3 or min(shape) < 1 for shape in shapes):
             raise HyperError(
-                f"the shapes are {list(shapes)}, expected at least one (matrices, tokens, width) "
-                "of positive sizes."
+                f"shapes is {list(shapes)}, expected at least one (matrices, tokens, width), all "
+                "above 0; give the shape of each stack."
             )
-        self.shapes = [tuple(shape) for shape in shapes]
+        self.shapes = list(shapes)
         widths = sorted({width for _, _, width in self.shapes})
         self.inputs = nn.ModuleDict(
             {str(width): nn.Linear(width, config.hidden, bias=False) for width in widths}
@@ -87,7 +90,10 @@ class Hypernetwork(nn.Module):
         """
         got = [tuple(stack.shape) for stack in stacks]
         if got != self.shapes:
-            raise HyperError(f"the stacks have the shapes {got}, expected {self.shapes}.")
+            raise HyperError(
+                f"stacks has the shapes {got}, expected {self.shapes}; make another Hypernetwork "
+                "for other shapes."
+            )
         mixed: list[Tensor | None] = [None] * len(stacks)
         embedded = self._embed(stacks)
         for count in sorted({tokens for _, tokens, _ in self.shapes}):

@@ -1,7 +1,8 @@
 """Sizes of the attention body by name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 
 from hyper_core.errors import HyperError
 
@@ -26,21 +27,27 @@ class AttentionConfig:
     layers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "heads", "feed_forward", "layers"):
-            value = getattr(self, name)
-            if value < 1:
-                raise HyperError(f"AttentionConfig.{name} is {value}, expected at least 1.")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or value < 1:
+                raise HyperError(
+                    f"AttentionConfig.{field.name} is {value!r}, expected a whole number of at "
+                    f"least 1; the default is {field.default}."
+                )
         if self.hidden % self.heads:
+            above = self.hidden + self.heads - self.hidden % self.heads
             raise HyperError(
-                f"AttentionConfig.hidden is {self.hidden}, which {self.heads} heads do not divide; "
-                f"make it a multiple of {self.heads}."
+                f"AttentionConfig.hidden is {self.hidden}, expected a multiple of heads, "
+                f"{self.heads}; make it {above}."
             )
 
 
-PRESETS: Mapping[str, AttentionConfig] = {
-    "attention-tinybert": AttentionConfig(),
-    "attention-small": AttentionConfig(hidden=96, heads=4, feed_forward=384),
-}
+PRESETS: Mapping[str, AttentionConfig] = MappingProxyType(
+    {
+        "attention-tinybert": AttentionConfig(),
+        "attention-small": AttentionConfig(hidden=96, heads=4, feed_forward=384),
+    }
+)
 
 
 def find_config(config: AttentionConfig | str) -> AttentionConfig:
@@ -55,5 +62,8 @@ def find_config(config: AttentionConfig | str) -> AttentionConfig:
     if isinstance(config, AttentionConfig):
         return config
     if config not in PRESETS:
-        raise HyperError(f"the preset {config!r} is unknown; expected one of {', '.join(PRESETS)}.")
+        raise HyperError(
+            f"config is {config!r}, expected an AttentionConfig or one of {', '.join(PRESETS)}; "
+            "correct the name."
+        )
     return PRESETS[config]

@@ -44,6 +44,7 @@ def write_checkpoint(folder: Path, step: int, state: Any, *, keep: int = 3) -> P
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporary(folder)
     final = _folder(folder, step)
+    _set_aside_if_damaged(final)
     temporary = folder / f"{TEMPORARY}{final.name}"
     temporary.mkdir()
     try:
@@ -57,6 +58,18 @@ def write_checkpoint(folder: Path, step: int, state: Any, *, keep: int = 3) -> P
     for old in _steps(folder)[keep:]:
         shutil.rmtree(_folder(folder, old))
     return final
+
+
+def _set_aside_if_damaged(path: Path) -> None:
+    """Make way for a step that is reached again after its checkpoint was found damaged."""
+    if not path.exists():
+        return
+    try:
+        verify(path)
+    except DamagedError:
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 def read_newest(folder: Path) -> tuple[int, Any, list[str]]:

@@ -146,7 +146,9 @@ class RankAllocator:
         alive = torch.cat([mask.flatten() for mask in masks])
         pruned = prune_lowest(scores[self._order], alive[self._order], count)
         alive[self._order] = pruned
-        for mask, part in zip(masks, alive.split([mask.numel() for mask in masks]), strict=True):
+        for mask, part in zip(
+            masks, torch.split(alive, [mask.numel() for mask in masks]), strict=True
+        ):
             mask.copy_(part.view_as(mask))
 
     def ranks(self) -> dict[str, int]:

@@ -105,7 +105,7 @@ class CubicBudget:
     Raises:
         BudgetError: a value out of range; the field and the rule are named.
 
-    >>> cubic = CubicBudget(initial=10, final=2, total_steps=100, warmup_steps=20, cooldown_steps=40)
+    >>> cubic = CubicBudget(10, 2, total_steps=100, warmup_steps=20, cooldown_steps=40)
     >>> [cubic.live_ranks(t) for t in (20, 40, 60, 100)]
     [10, 3, 2, 2]
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowrank_adapters import LowRankLinear, adapter_state_dict, freeze_base_, inside_adapters
+from lowrank_adapters import LowRankLinear, freeze_base_, inside_adapters
 from torch import Tensor, nn
 from torchtune import training
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
@@ -123,7 +123,7 @@ def load_(
     checkpointer.setdefault("output_dir", str(settings.output_dir))
     weights = build("checkpointer", checkpointer).load_checkpoint()[training.MODEL_KEY]
     weights = {inside_adapters(name, layers): value for name, value in weights.items()}
-    _refuse_other_model(model, weights, settings)
+    _refuse_other_model(model, weights, layers, settings)
     if world_size() > 1:
         training.load_from_full_model_state_dict(model, weights, device, strict=False)
     else:
@@ -140,9 +140,16 @@ def load_(
 
 
 def _refuse_other_model(
-    model: nn.Module, weights: Mapping[str, Tensor], settings: RecipeSettings
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    layers: Mapping[str, LowRankLinear],
+    settings: RecipeSettings,
 ) -> None:
-    factors = adapter_state_dict(model)
+    factors = {
+        f"{name}.{key}"
+        for name, layer in layers.items()
+        for key, _ in [*layer.factors(), *layer.named_buffers(recurse=False)]
+    }
     expected = {
         name: tuple(value.shape)
         for name, value in model.state_dict().items()

@@ -1,0 +1,218 @@
+"""Errors are for people: the exact text of each."""
+
+import pytest
+import torch
+from hyper_core import AttentionConfig, GeneratedParameters, HyperError
+from torch import nn
+
+CONFIG = AttentionConfig(hidden=4, heads=2, feed_forward=4)
+
+
+def leaf(*shape):
+    return nn.Parameter(torch.ones(*(shape or (3, 4))))
+
+
+def text_of(call, *args, **options):
+    with pytest.raises(HyperError) as caught:
+        call(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def text_of_making(leaves, **options):
+    return text_of(GeneratedParameters, leaves, **{"config": CONFIG, **options})
+
+
+def test_hyper_error_is_a_value_error():
+    assert issubclass(HyperError, ValueError)
+
+
+def test_no_role():
+    assert text_of_making({}) == (
+        "leaves has no role, expected at least one; give for example {'weight': [tensor]}."
+    )
+
+
+def test_role_without_tensors():
+    assert text_of_making({"p": [leaf()], "q": []}) == (
+        "the role 'q' has 0 tensors, expected at least one; give it some or drop it."
+    )
+
+
+@pytest.mark.parametrize("role", ["layers.0", "", "values"])
+def test_role_that_cannot_name_a_module(role):
+    assert text_of_making({role: [leaf()]}) == (
+        f"the role {role!r} cannot name a module, expected letters, digits and '_' that are not a "
+        "method of nn.ModuleDict; rename it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (torch.ones(4), "torch.float32 of the shape (4,)"),
+        (torch.ones(2, 0, 3), "torch.float32 of the shape (2, 0, 3)"),
+        (torch.ones(2, 3).long(), "torch.int64 of the shape (2, 3)"),
+        (torch.ones(1, 1, 2, 3), "torch.float32 of the shape (1, 1, 2, 3)"),
+    ],
+)
+def test_wrong_tensor(tensor, found):
+    assert text_of_making({"p": [leaf(), tensor]}) == (
+        f"p[1] is {found}, expected floating-point numbers of the shape "
+        "(matrices, tokens, width) or (tokens, width), none of them 0; reshape or convert it."
+    )
+
+
+def test_result_of_an_operation():
+    assert text_of_making({"p": [leaf().T]}) == (
+        "p[0] is a result of PermuteBackward0, expected a tensor that autograd accumulates .grad "
+        "into; give the parameter itself, or a view of it made under torch.no_grad() whose .grad "
+        "you set."
+    )
+
+
+def test_the_same_tensor_twice():
+    weight = leaf()
+    assert text_of_making({"p": [leaf(), weight], "q": [weight]}) == (
+        "q[0] is the same tensor as p[1], expected each once; drop one."
+    )
+
+
+def test_two_devices():
+    assert text_of_making({"p": [leaf(), torch.ones(2, 3, device="meta")]}) == (
+        "p[1] is on meta, expected cpu as the leaves before it; move it, or make one "
+        "GeneratedParameters per device."
+    )
+
+
+def test_unknown_preset():
+    assert text_of_making({"p": [leaf()]}, config="attention-tiny") == (
+        "config is 'attention-tiny', expected an AttentionConfig or one of attention-tinybert, "
+        "attention-small; correct the name."
+    )
+
+
+@pytest.mark.parametrize("option", ["outputs", "zero_start"])
+def test_option_for_an_unknown_role(option):
+    assert text_of_making({"p": [leaf()], "q": [leaf()]}, **{option: {"lam": "free"}}) == (
+        f"{option} names the role 'lam', expected one of p, q; correct or drop it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "choices"),
+    [
+        ({"state": "fixed"}, "state is 'fixed'", "recurrent, static"),
+        (
+            {"gradient_normalisation": "rms"},
+            "gradient_normalisation is 'rms'",
+            "none, token_rms",
+        ),
+        ({"outputs": {"p": "unit"}}, "outputs['p'] is 'unit'", "free, unit_rows"),
+    ],
+)
+def test_unknown_choice(options, what, choices):
+    assert text_of_making({"p": [leaf()]}, **options) == (
+        f"{what}, expected one of {choices}; choose one."
+    )
+
+
+def test_zero_start_with_unit_rows():
+    options = {"outputs": {"p": "unit_rows"}, "zero_start": {"p"}}
+    assert text_of_making({"p": [leaf()]}, **options) == (
+        "outputs['p'] is 'unit_rows' and zero_start names 'p', but zero has no direction; make "
+        "the output 'free' or drop it from zero_start."
+    )
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1])
+def test_decay_out_of_range(decay):
+    assert text_of_making({"p": [leaf()]}, gradient_decay=decay) == (
+        f"gradient_decay is {decay}, expected 0 or more and below 1; 0.99 averages about the last "
+        "100 steps."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "default"), [("hidden", 312), ("heads", 12), ("feed_forward", 1200), ("layers", 1)]
+)
+@pytest.mark.parametrize("value", [0, 2.5])
+def test_size_that_is_no_positive_whole_number(name, default, value):
+    assert text_of(AttentionConfig, **{name: value}) == (
+        f"AttentionConfig.{name} is {value}, expected a whole number of at least 1; the default "
+        f"is {default}."
+    )
+
+
+def test_hidden_not_divisible_by_heads():
+    assert text_of(AttentionConfig, hidden=100, heads=12) == (
+        "AttentionConfig.hidden is 100, expected a multiple of heads, 12; make it 108."
+    )
+
+
+BACKWARD_WITHOUT_REFRESH = (
+    "backward() was called without a pending refresh(), expected one refresh() before each "
+    "backward(); call refresh() with gradients enabled before the model runs."
+)
+COMMIT_WITHOUT_REFRESH = (
+    "commit() was called without a pending refresh(), expected one refresh() before each "
+    "commit(); an evaluation's refresh() belongs after commit()."
+)
+
+
+def test_backward_and_commit_without_refresh():
+    generated = GeneratedParameters({"p": [leaf()]}, config=CONFIG)
+    assert text_of(generated.backward) == BACKWARD_WITHOUT_REFRESH
+    assert text_of(generated.commit) == COMMIT_WITHOUT_REFRESH
+    with torch.no_grad():
+        generated.refresh()
+    assert text_of(generated.backward) == BACKWARD_WITHOUT_REFRESH
+    assert text_of(generated.commit) == COMMIT_WITHOUT_REFRESH
+
+
+def test_backward_and_commit_serve_one_refresh_each():
+    weight = leaf()
+    generated = GeneratedParameters({"p": [weight]}, config=CONFIG)
+    generated.refresh()
+    weight.sum().backward()
+    generated.backward()
+    assert text_of(generated.backward) == BACKWARD_WITHOUT_REFRESH
+    generated.commit()
+    assert text_of(generated.commit) == COMMIT_WITHOUT_REFRESH
+
+
+def test_discard_ends_a_refresh():
+    generated = GeneratedParameters({"p": [leaf()]}, config=CONFIG)
+    generated.refresh()
+    generated.discard()
+    assert text_of(generated.backward) == BACKWARD_WITHOUT_REFRESH
+    assert text_of(generated.commit) == COMMIT_WITHOUT_REFRESH
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
+def test_leaf_changed_between_refresh_and_backward(shape):
+    first, second = leaf(*shape), leaf(*shape)
+    generated = GeneratedParameters({"p": [first, second]}, config=CONFIG)
+    generated.refresh()
+    (first.sum() + second.sum()).backward()
+    with torch.no_grad():
+        second.view(-1)[0] = 5.0
+    assert text_of(generated.backward) == (
+        "p[1], or memory it shares, was changed 1 time(s) between refresh() and backward(), "
+        "expected none, so its gradient may be of other values; change it before refresh() or "
+        "after backward()."
+    )
+
+
+def test_leaf_without_gradient():
+    first, second = leaf(), leaf(2, 4)
+    generated = GeneratedParameters({"p": [first, second]}, config=CONFIG)
+    generated.refresh()
+    first.sum().backward()
+    expected = (
+        "p[1] has no gradient, expected .grad of the shape (2, 4); run the model's backward pass "
+        "after refresh(), and make sure the model reads it."
+    )
+    assert text_of(generated.backward) == expected
+    second.sum().backward()
+    generated.backward()  # a mended mistake is no obstacle

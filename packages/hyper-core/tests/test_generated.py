@@ -1,0 +1,354 @@
+"""The recursion and the leaf boundary against the twin, over several optimizer steps."""
+
+import pytest
+import torch
+from hyper_core import AttentionConfig, GeneratedParameters
+from torch import nn
+
+CONFIG = AttentionConfig(hidden=4, heads=2, feed_forward=5)
+DECAY = 0.9
+OUTPUTS = {"p": "unit_rows", "q": "unit_rows"}
+# By role, the leaves: stacks of different ranks and widths, and single matrices, two of one shape.
+SHAPES = {
+    "p": [(2, 3, 4), (1, 2, 3), (3, 3, 4)],
+    "lam": [(5, 3, 1), (1, 2, 1)],
+    "q": [(3, 4), (2, 5), (3, 4)],
+    "free": [(2, 2, 3)],
+}
+# The stacks that the hypernetwork of each role sees: leaves of one shape, one after the other.
+STACKS = {"p": [[0, 2], [1]], "lam": [[0], [1]], "q": [[0, 2], [1]], "free": [[0]]}
+
+
+class Toy(nn.Module):
+    """A loss that reads every factor in a way that couples them."""
+
+    def __init__(self):
+        super().__init__()
+        self.factors = nn.ParameterDict(
+            {
+                f"{role}{i}": nn.Parameter(torch.randn(*shape, dtype=torch.float64))
+                for role, shapes in SHAPES.items()
+                for i, shape in enumerate(shapes)
+            }
+        )
+        with torch.no_grad():
+            for name, factor in self.factors.items():
+                if name[0] in "pq":
+                    factor.div_(factor.norm(dim=-1, keepdim=True))
+
+    def forward(self, x):
+        generator = torch.Generator().manual_seed(0)
+        total = 0.0
+        for factor in self.factors.values():
+            target = torch.randn(factor.shape, generator=generator, dtype=factor.dtype)
+            total = total + torch.tanh(((factor + x) * target).sum())
+        return total.square()
+
+    def leaves(self):
+        return {
+            role: [self.factors[f"{role}{i}"] for i in range(len(shapes))]
+            for role, shapes in SHAPES.items()
+        }
+
+
+class Twin:
+    """The same recursion with hypernetworks and model in one graph."""
+
+    def __init__(self, functions, generated, state, decay):
+        self.functions, self.state, self.decay = functions, state, decay
+        self.weights = {
+            name: parameter.detach().clone().requires_grad_()
+            for name, parameter in generated.named_parameters()
+        }
+        self.start = {name: b.clone() for name, b in generated.named_buffers() if "state" in name}
+        self.averages = {
+            name: torch.zeros_like(b) for name, b in generated.named_buffers() if "square" in name
+        }
+
+    def generate(self):
+        """Values by role and stack."""
+        values = {}
+        for role, members in STACKS.items():
+            prefix = f"hypernetworks.{role}."
+            weights = {n.removeprefix(prefix): w for n, w in self.weights.items() if prefix in n}
+            before = [self.start[f"state_{role}_{i}"] for i in range(len(members))]
+            after = self.functions.hypernetwork(weights, CONFIG.heads, CONFIG.layers, before)
+            if self.state == "static":
+                after = [p + change for p, change in zip(before, after, strict=True)]
+            if role in OUTPUTS:
+                after = [self.functions.unit_rows(stack) for stack in after]
+            values[role] = after
+        return values
+
+    def factors(self, values):
+        """By name of the toy's factor."""
+        named = {}
+        for role, members in STACKS.items():
+            for stack, leaves in zip(values[role], members, strict=True):
+                first = 0
+                for leaf in leaves:
+                    shape = SHAPES[role][leaf]
+                    count = 1 if len(shape) == 2 else shape[0]
+                    named[f"factors.{role}{leaf}"] = stack[first : first + count].reshape(shape)
+                    first += count
+        return named
+
+    def gradients(self, loss, values):
+        """Of all weights, by name; and the averages that a commit would keep."""
+        weights = list(self.weights.values())
+        if self.decay is None:
+            return torch.autograd.grad(loss, weights), {}
+        named = {f"{r}_{i}": v for r, stacks in values.items() for i, v in enumerate(stacks)}
+        kept = {"square_weight": self.decay * self.averages["square_weight"] + 1 - self.decay}
+        cotangents = []
+        reached = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
+        for name, gradient in zip(named, reached, strict=True):
+            cotangent, kept[f"square_{name}"] = self.functions.token_rms(
+                gradient, self.averages[f"square_{name}"], kept["square_weight"], self.decay
+            )
+            cotangents.append(cotangent)
+        return torch.autograd.grad(list(named.values()), weights, cotangents), kept
+
+    def commit(self, values, kept):
+        self.averages.update(kept)
+        if self.state == "recurrent":
+            for role, stacks in values.items():
+                for i, stack in enumerate(stacks):
+                    self.start[f"state_{role}_{i}"] = stack.detach()
+
+
+def make(state, normalisation, **options):
+    model = Toy()
+    generated = GeneratedParameters(
+        model.leaves(),
+        config=CONFIG,
+        state=state,
+        outputs=OUTPUTS,
+        gradient_normalisation=normalisation,
+        gradient_decay=DECAY,
+        **options,
+    )
+    return model, generated
+
+
+@pytest.mark.parametrize("state", ["recurrent", "static"])
+@pytest.mark.parametrize("normalisation", ["none", "token_rms"])
+def test_steps_equal_end_to_end_autograd_through_the_twin(twin, shaken, state, normalisation):
+    model, generated = make(state, normalisation)
+    shaken(generated.hypernetworks)
+    reference = Twin(twin, generated, state, DECAY if normalisation == "token_rms" else None)
+    optimizers = [
+        torch.optim.Adam(weights, lr=1e-2)
+        for weights in (generated.parameters(), reference.weights.values())
+    ]
+    for step in range(4):
+        micro_batches = [0.1 * step, 0.3]
+        values = reference.generate()
+        factors = reference.factors(values)
+        loss = sum(torch.func.functional_call(model, factors, (x,)) for x in micro_batches)
+        gradients, kept = reference.gradients(loss, values)
+
+        model.zero_grad()
+        optimizers[0].zero_grad()
+        generated.refresh()
+        for x in micro_batches:
+            model(x).backward()
+        generated.backward()
+
+        torch.testing.assert_close(
+            {name: p.detach() for name, p in model.named_parameters()},
+            {name: p.detach() for name, p in factors.items()},
+            rtol=1e-11,
+            atol=1e-12,
+        )
+        for (name, parameter), gradient in zip(
+            generated.named_parameters(), gradients, strict=True
+        ):
+            torch.testing.assert_close(
+                parameter.grad, gradient, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        if step == 2:  # a skipped step leaves no trace
+            generated.discard()
+            continue
+        for parameter, gradient in zip(reference.weights.values(), gradients, strict=True):
+            parameter.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
+        generated.commit()
+        reference.commit(values, kept)
+        torch.testing.assert_close(
+            dict(generated.named_buffers()),
+            {**reference.start, **reference.averages},
+            rtol=1e-11,
+            atol=1e-12,
+        )
+
+
+def test_gradient_of_the_leaves_equals_end_to_end_autograd_of_the_package_itself():
+    model, generated = make("recurrent", "none")
+    weights = list(generated.parameters())
+    generated.refresh()
+    model(0.2).backward()
+    generated.backward()
+    found = [parameter.grad for parameter in weights]
+
+    network = generated.hypernetworks
+    values = {}
+    for role, members in STACKS.items():
+        state = [generated.get_buffer(f"state_{role}_{i}") for i in range(len(members))]
+        values[role] = network[role](state)
+        if role in OUTPUTS:
+            values[role] = [rows / rows.norm(dim=-1, keepdim=True) for rows in values[role]]
+    factors = Twin.factors(None, values)
+    loss = torch.func.functional_call(model, factors, (0.2,))
+    torch.testing.assert_close(found, list(torch.autograd.grad(loss, weights)), rtol=0, atol=1e-12)
+
+
+def test_refresh_is_a_function_of_weights_and_state():
+    model, generated = make("recurrent", "token_rms")
+    saved = {name: value.clone() for name, value in generated.state_dict().items()}
+    generated.refresh()
+    first = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    generated.refresh()
+    torch.testing.assert_close(list(model.parameters()), first, rtol=0, atol=0)
+    torch.testing.assert_close(dict(generated.state_dict()), saved, rtol=0, atol=0)
+
+
+def test_commit_takes_what_the_leaves_hold_pruned_components_included():
+    model, generated = make("recurrent", "none")
+    generated.refresh()
+    with torch.no_grad():
+        model.factors["lam0"][:, 1] = 0
+        model.factors["q2"][2] = 7
+    generated.commit()
+    assert torch.equal(generated.state_lam_0, model.factors["lam0"])
+    assert torch.equal(generated.state_q_0[0], model.factors["q0"])
+    assert torch.equal(generated.state_q_0[1], model.factors["q2"])
+    assert torch.equal(generated.state_p_0[2:], model.factors["p2"])
+    with torch.no_grad():
+        model.factors["lam0"].fill_(3)
+    assert generated.state_lam_0[:, 1].abs().max() == 0
+
+
+def test_static_state_never_changes():
+    model, generated = make("static", "none")
+    before = {name: b.clone() for name, b in generated.named_buffers()}
+    for _ in range(2):
+        generated.refresh()
+        with torch.no_grad():
+            model.factors["p0"].normal_()
+        generated.commit()
+    torch.testing.assert_close(dict(generated.named_buffers()), before, rtol=0, atol=0)
+
+
+def test_static_starts_at_the_leaves_first_values():
+    model, generated = make("static", "none")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    generated.refresh()
+    after = {name: p.detach() for name, p in model.named_parameters()}
+    for name in before:
+        tolerance = 1e-15 if name[len("factors.")] in "pq" else 0
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("state", ["recurrent", "static"])
+def test_zero_start_is_exactly_zero_at_first_and_learns(state):
+    model, generated = make(state, "none", zero_start={"lam"})
+    optimizer = torch.optim.Adam(generated.parameters(), lr=1e-2)
+    zero = torch.zeros(5, 3, 1, dtype=torch.float64)
+    assert torch.equal(generated.state_lam_0, zero)
+    generated.refresh()
+    assert torch.equal(model.factors["lam0"], zero)
+    model(0.5).backward()
+    generated.backward()
+    optimizer.step()
+    generated.commit()
+    generated.refresh()
+    assert model.factors["lam0"].abs().min() > 0
+
+
+def test_a_row_of_zeros_stays_zero_with_finite_gradients_and_others_have_unit_norm():
+    rows = nn.Parameter(torch.eye(3, 4))
+    with torch.no_grad():
+        rows[1] = 0
+    generated = GeneratedParameters(
+        {"q": [rows]}, config=CONFIG, state="static", outputs={"q": "unit_rows"}
+    )
+    generated.refresh()
+    torch.testing.assert_close(rows.detach().norm(dim=1), torch.tensor([1.0, 0.0, 1.0]))
+    rows.sum().backward()
+    generated.backward()
+    for name, parameter in generated.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() < 100, name
+
+
+def test_a_thousand_recurrent_steps_stay_finite_with_unit_rows():
+    leaves = {"p": [torch.randn(4, 3, 16)], "q": [torch.randn(2, 3, 8)]}
+    generated = GeneratedParameters(
+        leaves, config=CONFIG, outputs={"p": "unit_rows", "q": "unit_rows"}
+    )
+    for _ in range(1000):
+        generated.refresh()
+        generated.commit()
+    for leaf in (leaves["p"][0], leaves["q"][0]):
+        torch.testing.assert_close(leaf.norm(dim=-1), torch.ones(leaf.shape[:2]))
+
+
+def test_evaluation_leaves_nothing_pending():
+    model, generated = make("recurrent", "none")
+    with torch.no_grad():
+        generated.refresh()
+    written = [p.detach().clone() for p in model.parameters()]
+    generated.refresh()
+    torch.testing.assert_close(list(model.parameters()), written, rtol=0, atol=0)
+    with torch.no_grad():
+        generated.refresh()
+    assert generated._pending == []
+    assert not generated._refreshed
+
+
+def test_narrow_leaves_take_rounded_values_of_a_float32_hypernetwork():
+    torch.manual_seed(1)
+    start = torch.randn(2, 3, 4).bfloat16()
+    narrow, wide = start.clone().requires_grad_(), start.float().requires_grad_()
+    pair = []
+    for leaf in (narrow, wide):
+        torch.manual_seed(2)
+        pair.append(GeneratedParameters({"p": [leaf]}, config=CONFIG))
+        pair[-1].refresh()
+        leaf.grad = torch.ones_like(leaf)
+        pair[-1].backward()
+        pair[-1].commit()
+    assert {parameter.dtype for parameter in pair[0].parameters()} == {torch.float32}
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(narrow, wide.bfloat16())
+    assert torch.equal(pair[0].state_p_0, narrow.float())
+    for found, expected in zip(pair[0].parameters(), pair[1].parameters(), strict=True):
+        assert torch.equal(found.grad, expected.grad)
+
+
+def test_a_surrounding_autocast_changes_nothing():
+    model, generated = make("recurrent", "none")
+    generated.to(torch.float32)
+    generated.refresh()
+    expected = [p.detach().clone() for p in model.parameters()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        generated.refresh()
+    torch.testing.assert_close(list(model.parameters()), expected, rtol=0, atol=0)
+
+
+def test_parameters_are_the_hypernetworks_alone():
+    model, generated = make("recurrent", "token_rms")
+    own = {id(parameter) for parameter in generated.parameters()}
+    assert own == {id(parameter) for parameter in generated.hypernetworks.parameters()}
+    assert not own & {id(parameter) for parameter in model.parameters()}
+
+
+def test_leaves_on_the_meta_device_show_sizes_without_memory():
+    leaves = {"p": [torch.empty(72, 3, 768, device="meta")]}
+    generated = GeneratedParameters(leaves)
+    assert {value.device.type for value in generated.state_dict().values()} == {"meta"}

@@ -1,0 +1,68 @@
+"""The number of tensor operations of a step depends on the shapes, not on how many matrices."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hyper_core import AttentionConfig, GeneratedParameters
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CONFIG = AttentionConfig(hidden=8, heads=2, feed_forward=8)
+HOST_READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_to_host"}
+
+
+class Counted(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operations = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def stacks(count):
+    return {
+        "p": [nn.Parameter(torch.randn(count, 3, 5)), nn.Parameter(torch.randn(count, 2, 4))],
+        "lam": [nn.Parameter(torch.randn(2 * count, 3, 1))],
+    }
+
+
+def matrices(count):
+    return {"weight": [nn.Parameter(torch.randn(3, 5)) for _ in range(count)]}
+
+
+def operations(leaves, normalisation):
+    generated = GeneratedParameters(
+        leaves, config=CONFIG, outputs={next(iter(leaves)): "unit_rows"},
+        gradient_normalisation=normalisation,
+    )  # fmt: skip
+    for tensors in leaves.values():
+        for leaf in tensors:
+            leaf.grad = torch.ones_like(leaf)
+    counted = []
+    for step in (generated.refresh, generated.backward, generated.commit):
+        with Counted() as mode:
+            step()
+        counted.append(mode.operations)
+    return counted
+
+
+@pytest.mark.parametrize("normalisation", ["none", "token_rms"])
+@pytest.mark.parametrize("make", [stacks, matrices])
+def test_operations_do_not_grow_with_the_matrices(make, normalisation):
+    few, many = (operations(make(count), normalisation) for count in (3, 40))
+    assert few == many
+    assert min(sum(counter.values()) for counter in few) > 0
+
+
+def test_no_step_reads_a_tensor_on_the_host():
+    for counter in operations(stacks(3), "token_rms"):
+        assert not HOST_READS & counter.keys()
+
+
+def test_the_counter_sees_a_host_read():
+    with Counted() as mode:
+        torch.ones(()).item()
+    assert HOST_READS & mode.operations.keys()

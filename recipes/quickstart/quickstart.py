@@ -1,0 +1,115 @@
+"""Fine-tunes a small Llama with HyperAdaLoRA, from nothing to an exported adapter.
+
+    python recipes/quickstart/quickstart.py --output quickstart-run
+
+Makes a base model (kept for the next time), writes questions that it cannot answer, runs
+`tune run hyper-tune/hyperadalora_full --config tiny_llama`, and reports.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from base import Settings, make_base
+from matplotlib.figure import Figure
+from rank_budget import rank_heatmap, rank_table
+from world import questions
+
+SPLITS = {"train": 4000, "validation": 128, "test": 256}
+
+
+def main() -> None:
+    """Run every part of the quickstart, in order."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("quickstart-run"))
+    output = parser.parse_args().output
+    base, data, run = output / "base", output / "data", output / "run"
+    make_base(base, Settings())
+    write_data(data)
+    fine_tune(base, data, run)
+    report(run)
+
+
+def write_data(folder: Path) -> None:
+    """Write disjoint sets of questions about stories, one JSON object a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = iter(questions(seed=0, count=sum(SPLITS.values())))
+    for name, count in SPLITS.items():
+        rows = [json.dumps(next(made).record()) for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def fine_tune(base: Path, data: Path, run: Path) -> None:
+    """Run the recipe as a user would; an earlier run in the folder is removed."""
+    shutil.rmtree(run, ignore_errors=True)
+    command = [
+        str(Path(sys.executable).with_name("tune")),
+        *("run", "hyper-tune/hyperadalora_full", "--config", "tiny_llama"),
+        *(f"output_dir={run}", f"model_dir={base}", f"data_dir={data}"),
+    ]
+    print("$", "tune", *command[1:], flush=True)
+    if subprocess.run(command, check=False).returncode:
+        sys.exit("The fine-tuning did not finish; its message is above.")
+
+
+def report(run: Path) -> None:
+    """Print the table, draw the figures, say where things are and what to type next."""
+    summary = json.loads((run / "summary.json").read_text())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    print(f"\n{table(summary)}\n")
+    print(rank_table(summary["ranks"], summary["initial_rank"]))
+    loss_figure(rows).savefig(run / "loss.png", dpi=120)
+    rank_heatmap(summary["ranks"], summary["initial_rank"]).savefig(run / "ranks.png", dpi=120)
+    print(f"\nLoss: {run / 'loss.png'}   ranks: {run / 'ranks.png'}")
+    print(f"Plain LoRA in PEFT's layout: {summary['adapter']}")
+    print("\nOn a real 8B model, with a GPU:")
+    print('  pip install "hyper-tune[torchtune]"')
+    print(
+        "  tune download meta-llama/Llama-3.1-8B-Instruct --output-dir "
+        'models/Llama-3.1-8B-Instruct --ignore-patterns "original/consolidated*"'
+    )
+    print("  tune run hyper-tune/hyperadalora_full --config llama3_1_8b")
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Return the figures of the run, before and after."""
+    before, after = summary["before"], summary["after"]
+    lines = [
+        ("", "before", "after"),
+        ("held-out loss", f"{before['loss']:.3f}", f"{after['loss']:.3f}"),
+        ("held-out exact match", f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}"),
+        ("live ranks", str(summary["total_ranks"]), str(summary["live_ranks"])),
+    ]
+    figures = [
+        ("base parameters, frozen", f"{summary['base_parameters']:,}"),
+        ("trained (hypernetworks)", f"{summary['trainable_parameters']:,}"),
+        ("in the adapter's factors", f"{summary['factor_parameters']:,}"),
+        ("steps", f"{summary['steps']}"),
+        ("time per step", f"{1000 * summary['seconds_per_step']:.0f} ms"),
+        ("peak memory", f"{summary['peak_memory_mib']:.0f} MiB"),
+    ]
+    text = [f"{name:<26}{first:>12}{second:>12}" for name, first, second in lines]
+    return "\n".join(text + [f"{name:<26}{value:>24}" for name, value in figures])
+
+
+def loss_figure(rows: list[dict[str, Any]]) -> Figure:
+    """Return the training and held-out losses over steps, with the live ranks below."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    losses, ranks = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    steps = [row["step"] for row in rows]
+    losses.plot(steps, [row["loss"] for row in rows], label="training", linewidth=1)
+    held_out = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    losses.plot(*zip(*held_out, strict=True), "o-", label="held out")
+    losses.set(ylabel="loss per token", title="HyperAdaLoRA on questions about stories")
+    losses.legend()
+    ranks.step(steps, [row["live_ranks"] for row in rows], where="post", color="tab:green")
+    ranks.set(xlabel="step", ylabel="live ranks", ylim=(0, None))
+    return figure
+
+
+if __name__ == "__main__":
+    main()
