@@ -23,7 +23,7 @@ def command(config: Path, output: Path, ranks: int, *overrides: str) -> list[str
     if ranks > 1:
         launch += ["--nproc_per_node", str(ranks)]
     launch += ["hyper-tune/hyperadalora_full", "--config", str(config)]
-    return [*launch, f"output_dir={output}", f"max_steps={STEPS}", *overrides]
+    return [*launch, f"output_dir={output}", f"max_steps={STEPS}", "epochs=20", *overrides]
 
 
 def environment() -> dict[str, str]:
