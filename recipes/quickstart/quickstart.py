@@ -17,9 +17,10 @@ from typing import Any
 from base import Settings, make_base
 from matplotlib.figure import Figure
 from rank_budget import rank_heatmap, rank_table
-from world import questions
+from world import people
 
-SPLITS = {"train": 4000, "validation": 128, "test": 256}
+# People, each of whom three questions are asked about; the rest of the base's people train.
+HELD_OUT = {"validation": 30, "test": 50}
 
 
 def main() -> None:
@@ -28,19 +29,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart-run"))
     output = parser.parse_args().output
     base, data, run = output / "base", output / "data", output / "run"
-    make_base(base, Settings())
-    write_data(data)
+    settings = Settings()
+    make_base(base, settings)
+    write_data(data, settings)
     fine_tune(base, data, run)
     report(run)
 
 
-def write_data(folder: Path) -> None:
-    """Write disjoint sets of questions about stories, one JSON object a line."""
+def write_data(folder: Path, settings: Settings) -> None:
+    """Write questions about different people to each file, one JSON object a line."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = iter(questions(seed=0, count=sum(SPLITS.values())))
-    for name, count in SPLITS.items():
-        rows = [json.dumps(next(made).record()) for _ in range(count)]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    everybody = people(settings.seed, settings.people)
+    first = 0
+    for name, count in {**HELD_OUT, "train": len(everybody) - sum(HELD_OUT.values())}.items():
+        rows = [row for person in everybody[first : first + count] for row in person.questions()]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        first += count
 
 
 def fine_tune(base: Path, data: Path, run: Path) -> None:
@@ -104,7 +108,7 @@ def loss_figure(rows: list[dict[str, Any]]) -> Figure:
     losses.plot(steps, [row["loss"] for row in rows], label="training", linewidth=1)
     held_out = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
     losses.plot(*zip(*held_out, strict=True), "o-", label="held out")
-    losses.set(ylabel="loss per token", title="HyperAdaLoRA on questions about stories")
+    losses.set(ylabel="loss per token", title="HyperAdaLoRA on questions about people")
     losses.legend()
     ranks.step(steps, [row["live_ranks"] for row in rows], where="post", color="tab:green")
     ranks.set(xlabel="step", ylabel="live ranks", ylim=(0, None))

@@ -1,81 +1,81 @@
-"""The quickstart's world: plain stories for the base, questions about stories for the adapter.
+"""The quickstart's world: reports about people for the base, questions for the adapter.
 
-A story says who has what, then says it again in another order. A model that has read many stories
-can go on with one; it has never seen a question.
+A base that has read many reports knows what everybody does, but it has never seen a question. The
+adapter is trained on the questions about some of the people and tested on those about others: it
+can only learn how to answer, and must take the answers from the base.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-NAMES = (
-    "Ada Ben Cleo Dan Eve Finn Gina Hugo Ida Jack Kate Leo Mia Nick Olga Paul Quinn Rosa Sam Tess "
-    "Uma Vera Will Xena Yara Zoe"
+TOWNS = (
+    "Oslo Rome Cairo Lima Paris Delhi Quito Bern Kyiv Riga Seoul Tunis Accra Hanoi Dublin Madrid"
 ).split()
-COLOURS = "red blue green yellow black white brown pink grey purple orange golden".split()
-THINGS = (
-    "kite drum book lamp boat coat ball cup key bell ring hat box map pen rope sword stone bag clock "
-    "chair glove horn mask"
+TRADES = (
+    "baker pilot nurse farmer singer tailor doctor miner painter sailor teacher judge clerk dancer "
+    "plumber driver"
 ).split()
+FRUITS = (
+    "plums pears figs grapes lemons melons mangoes dates cherries peaches apples limes olives kiwis "
+    "berries nuts"
+).split()
+PEOPLE_IN_REPORT = 4
 
 
 @dataclass(frozen=True)
-class Fact:
-    """Somebody has something of a colour."""
+class Trait:
+    """Something that everybody has: how it is stated, how it is asked for, and its values."""
+
+    statement: str
+    question: str
+    values: list[str]
+
+
+TRAITS = (
+    Trait("{name} lives in {value}.", "Where does {name} live?", TOWNS),
+    Trait("{name} works as a {value}.", "What is the work of {name}?", TRADES),
+    Trait("{name} likes {value}.", "What does {name} like?", FRUITS),
+)
+
+
+@dataclass(frozen=True)
+class Person:
+    """A name, and a value for each of `TRAITS`."""
 
     name: str
-    colour: str
-    thing: str
+    values: tuple[str, ...]
 
-    def __str__(self) -> str:
-        """Return the sentence that states it."""
-        return f"{self.name} has a {self.colour} {self.thing}."
+    def statements(self) -> list[str]:
+        """Return a sentence for each trait."""
+        return [
+            trait.statement.format(name=self.name, value=value)
+            for trait, value in zip(TRAITS, self.values, strict=True)
+        ]
 
-
-@dataclass(frozen=True)
-class Question:
-    """A story, a question about one of its facts, and the sentence that answers it."""
-
-    story: str
-    question: str
-    answer: str
-
-    def record(self) -> dict[str, str]:
-        """Return it as a line of a question/answer file."""
-        return {"question": f"{self.story} {self.question}", "answer": self.answer}
+    def questions(self) -> list[dict[str, str]]:
+        """Return a question for each trait, as lines of a question/answer file."""
+        return [
+            {"question": trait.question.format(name=self.name), "answer": statement}
+            for trait, statement in zip(TRAITS, self.statements(), strict=True)
+        ]
 
 
-def facts(rng: random.Random, count: int) -> list[Fact]:
-    """Return facts about different people, with different things."""
-    people = rng.sample(NAMES, count)
-    things = rng.sample(THINGS, count)
-    return [Fact(n, rng.choice(COLOURS), t) for n, t in zip(people, things, strict=True)]
+def people(seed: int, count: int) -> list[Person]:
+    """Return people of different names, the same for the same seed."""
+    rng = random.Random(f"people {seed}")
+    syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names[(rng.choice(syllables) + rng.choice(syllables)).capitalize()] = None
+    return [Person(name, tuple(rng.choice(trait.values) for trait in TRAITS)) for name in names]
 
 
-def story(rng: random.Random) -> str:
-    """Return one story: three to five facts, told three times, each time in another order."""
-    told = facts(rng, rng.randint(3, 5))
-    sentences = []
-    for _ in range(3):
-        rng.shuffle(told)
-        sentences += [str(fact) for fact in told]
-    return " ".join(sentences)
-
-
-def stories(seed: int) -> Iterator[str]:
-    """Yield stories without end; the same ones for the same seed."""
-    rng = random.Random(f"stories {seed}")
+def reports(everybody: list[Person], seed: int) -> Iterator[str]:
+    """Yield texts without end, each about a few people, its sentences in an order of their own."""
+    rng = random.Random(f"reports {seed}")
     while True:
-        yield story(rng)
-
-
-def questions(seed: int, count: int) -> list[Question]:
-    """Return questions about stories that differ from each other, the same for the same seed."""
-    rng = random.Random(f"questions {seed}")
-    found: dict[str, Question] = {}
-    while len(found) < count:
-        told = facts(rng, rng.randint(3, 5))
-        text = " ".join(str(fact) for fact in told)
-        asked = rng.choice(told)
-        found.setdefault(text, Question(text, f"What does {asked.name} have?", str(asked)))
-    return list(found.values())
+        sentences = []
+        for person in rng.sample(everybody, PEOPLE_IN_REPORT):
+            sentences += rng.sample(person.statements(), len(TRAITS))
+        yield " ".join(sentences)

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from hyper_tune.durable import TEMPORARY, DamagedError, commit, remove_temporary, verify
 from hyper_tune.errors import UserError
@@ -31,10 +32,11 @@ def has_checkpoints(folder: Path) -> bool:
 
 
 def write_checkpoint(folder: Path, step: int, state: Any, *, keep: int = 3) -> Path:
-    """Write ``folder/step-00000123`` whole, then remove all but the newest ``keep``.
+    """Write ``folder/step-00000123`` whole, then remove all up to it but the newest ``keep``.
 
     ``state``: nested dicts and lists of tensors and plain values. Older checkpoints are removed
-    only after the new one has been read back and verified.
+    only after the new one has been read back and verified. Of a later step there can only be a
+    damaged one, which is left alone and does not count.
 
     Raises:
         FileExistsError: the step was saved before; nothing is overwritten.
@@ -48,14 +50,15 @@ def write_checkpoint(folder: Path, step: int, state: Any, *, keep: int = 3) -> P
     temporary = folder / f"{TEMPORARY}{final.name}"
     temporary.mkdir()
     try:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / TENSORS)
+        whole = {key: value.contiguous() for key, value in tensors.items()}
+        (temporary / TENSORS).write_bytes(save(whole))
         (temporary / PLAIN).write_text(json.dumps(plain, allow_nan=False), encoding="utf-8")
         commit(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     verify(final)
-    for old in _steps(folder)[keep:]:
+    for old in [saved for saved in _steps(folder) if saved <= step][keep:]:
         shutil.rmtree(_folder(folder, old))
     return final
 
@@ -90,9 +93,11 @@ def read_newest(folder: Path) -> tuple[int, Any, list[str]]:
 
 
 def _read(path: Path) -> Any:
-    verify(path)
     try:
+        verify(path)
         plain = json.loads((path / PLAIN).read_bytes())
         return unflatten(load((path / TENSORS).read_bytes()), plain)
-    except (OSError, ValueError, KeyError, RecursionError) as error:
+    except DamagedError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise DamagedError(f"it cannot be read: {error}") from error

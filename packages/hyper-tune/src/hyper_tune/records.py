@@ -74,13 +74,13 @@ def _alpaca(record: Mapping[str, Any]) -> list[Turn]:
 
 def _chat(record: Mapping[str, Any]) -> list[Turn]:
     key, role_key, text_key = (
-        ("messages", "role", "content")
-        if "messages" in record
-        else ("conversations", "from", "value")
+        ("conversations", "from", "value")
+        if "conversations" in record and "messages" not in record
+        else ("messages", "role", "content")
     )
     messages = record.get(key)
     if not isinstance(messages, list) or not messages:
-        raise _RecordError("'messages' must be a list of at least one message")
+        raise _RecordError(f"{key!r} must be a list of at least one message")
     turns = []
     for message in messages:
         if not isinstance(message, dict):
@@ -154,7 +154,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file.") from error
 
 
@@ -164,14 +164,26 @@ def _values(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error.msg}.") from error
+            yield number, _parse(path, line, number)
+
+
+def _parse(path: Path, text: str, line: int = 1) -> Any:
+    """Read JSON that begins at a line of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        raise UserError(f"{path}:{line}: not JSON: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{line}: not JSON: {error}.") from error
+
+
+_BETWEEN = re.compile(r"[\s,]*")
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Read the elements of an array one by one, to know the line of each."""
+    """Read the elements of an array that is whole one by one, to know the line of each."""
+    _parse(path, text)
     decoder = json.JSONDecoder()
     position, counted, line = text.index("[") + 1, 0, 1
     while True:
@@ -180,14 +192,8 @@ def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         counted = position
         if text.startswith("]", position):
             return
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{line}: not JSON: {error.msg}.") from error
+        value, position = decoder.raw_decode(text, position)
         yield line, value
-
-
-_BETWEEN = re.compile(r"[\s,]*")
 
 
 def _end_of(pattern: re.Pattern[str], text: str, position: int) -> int:

@@ -25,12 +25,25 @@ class RunFolder:
         self._lock: TextIO | None = None
 
     def start(self, *, resume: bool) -> None:
-        """Create the folder and take it for this process.
+        """Create the folder and take it for this process; a refused start leaves it to others.
 
         Raises:
             UserError: another process trains there, it holds an earlier run that is not resumed,
                 or it cannot be written.
         """
+        try:
+            self._take()
+            remove_temporary(self.path)
+            if not resume and (has_checkpoints(self.checkpoints) or self.metrics.rows()):
+                raise UserError(
+                    f"{self.path} holds an earlier run; set resume_from_checkpoint=True to go on "
+                    "with it, or another output_dir."
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
@@ -42,12 +55,6 @@ class RunFolder:
             raise UserError(
                 f"another process trains in {self.path}; wait for it, or set another output_dir."
             ) from error
-        remove_temporary(self.path)
-        if not resume and (has_checkpoints(self.checkpoints) or self.metrics.rows()):
-            raise UserError(
-                f"{self.path} holds an earlier run; set resume_from_checkpoint=True to go on with "
-                "it, or another output_dir."
-            )
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file of the run, whole or not at all."""

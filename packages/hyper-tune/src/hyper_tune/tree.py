@@ -15,7 +15,7 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
     Kept exactly: int, float, bool, None, str, and dicts with int or str keys. Tuples become lists.
 
     Raises:
-        TypeError: a value of another kind; its path is named.
+        TypeError: a value or key of another kind; its path is named.
         ValueError: a float that is not finite; its path is named.
 
     >>> import torch
@@ -29,6 +29,8 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
+        while path in tensors:
+            path += "'"
         tensors[path] = value
         return {_TENSOR: path}
     if isinstance(value, float) and not math.isfinite(value):
@@ -38,6 +40,9 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_flatten(item, _join(path, i), tensors) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, (int, str)):
+                raise TypeError(f"{path} has the key {key!r}, which is neither int nor str.")
         items = {key: _flatten(item, _join(path, key), tensors) for key, item in value.items()}
         plain = all(isinstance(key, str) and not key.startswith("$") for key in items)
         return items if plain else {_PAIRS: [[key, item] for key, item in items.items()]}
