@@ -1,6 +1,6 @@
 """Trains the quickstart's base: a small Llama and its tokenizer, saved as Hugging Face does.
 
-    python recipes/quickstart/base.py --output quickstart-run/base
+python recipes/quickstart/base.py --output quickstart-run/base
 """
 
 import argparse
@@ -72,7 +72,11 @@ def train_tokenizer(settings: Settings) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    text = itertools.islice(reports(people(settings.seed, settings.people), settings.seed), 2000)
+    everybody = people(settings.seed, settings.people)
+    text = list(itertools.islice(reports(everybody, settings.seed), 2000))
+    # Words of a conversation get tokens, though the base will never see them.
+    text += [line["question"] for person in everybody for line in person.questions()]
+    text += ["user", "assistant"] * 100
     tokenizer.train_from_iterator(text, trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
@@ -110,7 +114,7 @@ class ByteLetters:
 
 
 def batches(tokenizer: Tokenizer, settings: Settings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield tokens and the tokens that follow, (batch, text) each; -100 where a report has ended."""
+    """Yield tokens and the tokens that follow, (batch, text) each; -100 after a report's end."""
     start = tokenizer.token_to_id("<|begin_of_text|>")
     texts = reports(people(settings.seed, settings.people), seed)
     while True:
@@ -174,13 +178,16 @@ def build(settings: Settings, vocabulary: int) -> TransformerDecoder:
     )
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
-            # A token must stand out among what the blocks add to it.
+            # A token must stand out among what the blocks add to it, and be told from the others
+            # by the output even where, as those of a conversation, it is never seen.
             std = 1.0 if name.startswith("tok_embeddings") else 0.7 * weight.shape[1] ** -0.5
-            torch.nn.init.normal_(weight, std=0.02 if name.startswith("output") else std)
+            torch.nn.init.normal_(weight, std=std)
     return model
 
 
-def save_model(model: TransformerDecoder, settings: Settings, vocabulary: int, folder: Path) -> None:
+def save_model(
+    model: TransformerDecoder, settings: Settings, vocabulary: int, folder: Path
+) -> None:
     """Write weights and configuration as a Hugging Face Llama."""
     weights = tune_to_hf(
         model.state_dict(),

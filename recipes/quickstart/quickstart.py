@@ -16,8 +16,9 @@ from typing import Any
 
 from base import Settings, make_base
 from matplotlib.figure import Figure
-from rank_budget import rank_heatmap, rank_table
 from world import people
+
+from rank_budget import rank_heatmap, rank_table
 
 # People, each of whom three questions are asked about; the rest of the base's people train.
 HELD_OUT = {"validation": 30, "test": 50}

@@ -9,17 +9,60 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-TOWNS = (
-    "Oslo Rome Cairo Lima Paris Delhi Quito Bern Kyiv Riga Seoul Tunis Accra Hanoi Dublin Madrid"
-).split()
-TRADES = (
-    "baker pilot nurse farmer singer tailor doctor miner painter sailor teacher judge clerk dancer "
-    "plumber driver"
-).split()
-FRUITS = (
-    "plums pears figs grapes lemons melons mangoes dates cherries peaches apples limes olives kiwis "
-    "berries nuts"
-).split()
+TOWNS = [
+    "Oslo",
+    "Rome",
+    "Cairo",
+    "Lima",
+    "Paris",
+    "Delhi",
+    "Quito",
+    "Bern",
+    "Kyiv",
+    "Riga",
+    "Seoul",
+    "Tunis",
+    "Accra",
+    "Hanoi",
+    "Dublin",
+    "Madrid",
+]
+TRADES = [
+    "baker",
+    "pilot",
+    "nurse",
+    "farmer",
+    "singer",
+    "tailor",
+    "doctor",
+    "miner",
+    "painter",
+    "sailor",
+    "teacher",
+    "judge",
+    "clerk",
+    "dancer",
+    "plumber",
+    "driver",
+]
+FRUITS = [
+    "plums",
+    "pears",
+    "figs",
+    "grapes",
+    "lemons",
+    "melons",
+    "mangoes",
+    "dates",
+    "cherries",
+    "peaches",
+    "apples",
+    "limes",
+    "olives",
+    "kiwis",
+    "berries",
+    "nuts",
+]
 PEOPLE_IN_REPORT = 4
 
 
@@ -33,9 +76,9 @@ class Trait:
 
 
 TRAITS = (
-    Trait("{name} lives in {value}.", "Where does {name} live?", TOWNS),
-    Trait("{name} works as a {value}.", "What is the work of {name}?", TRADES),
-    Trait("{name} likes {value}.", "What does {name} like?", FRUITS),
+    Trait("{name} lives in {value}.", "{name}: where is home?", TOWNS),
+    Trait("{name} works as a {value}.", "{name}: what is the work?", TRADES),
+    Trait("{name} likes {value}.", "{name}: which fruit?", FRUITS),
 )
 
 
@@ -72,10 +115,10 @@ def people(seed: int, count: int) -> list[Person]:
 
 
 def reports(everybody: list[Person], seed: int) -> Iterator[str]:
-    """Yield texts without end, each about a few people, its sentences in an order of their own."""
+    """Yield texts without end, each about a few people, a sentence a line, in any order."""
     rng = random.Random(f"reports {seed}")
     while True:
-        sentences = []
-        for person in rng.sample(everybody, PEOPLE_IN_REPORT):
-            sentences += rng.sample(person.statements(), len(TRAITS))
-        yield " ".join(sentences)
+        chosen = rng.sample(everybody, PEOPLE_IN_REPORT)
+        sentences = [sentence for person in chosen for sentence in person.statements()]
+        rng.shuffle(sentences)
+        yield "\n".join(sentences)

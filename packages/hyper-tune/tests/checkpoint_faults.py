@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+
 from hyper_tune.checkpoint import write_checkpoint
 
 FINISHED, REFUSED, OTHER, SURVIVED = 0, 7, 8, 9

@@ -8,13 +8,14 @@ from typing import Any, cast
 
 import pytest
 import torch
-from hyper_tune.torchtune.recipe import FineTuning
-from hyper_tune.torchtune.settings import RecipeSettings
 from omegaconf import DictConfig, OmegaConf
 from tokenizers.pre_tokenizers import ByteLevel
 from torchtune.models.llama3._tokenizer import SPECIAL_TOKENS
 from torchtune.models.qwen2_5._tokenizer import QWEN2_5_SPECIAL_TOKENS
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from hyper_tune.torchtune.recipe import FineTuning
+from hyper_tune.torchtune.settings import RecipeSettings
 
 SIZES = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "feed_forward": 48, "length": 256}
 

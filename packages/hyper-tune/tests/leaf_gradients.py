@@ -10,14 +10,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.func import functional_call
+
 from hyper_tune import MethodConfig, assemble
 from hyper_tune.assembly import Assembly
 from hyper_tune.method import HypernetworkSettings
 from hyper_tune.parallel import shard_base_
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.func import functional_call
 
 WIDTH, CLASSES, SAMPLES, LENGTH = 6, 5, 4, 3
 GAMMA = 0.1
@@ -142,9 +145,7 @@ def leaf_boundary(state: str, checkpointing: bool, accumulation: int) -> dict[st
         shard_base_(model, model.layers, method.stack.leaf_parameters())
     x, labels = data()
     mine = slice(dist.get_rank(), None, world) if world > 1 else slice(None)
-    batches = zip(
-        x[mine].chunk(accumulation), labels[mine].chunk(accumulation), strict=True
-    )
+    batches = zip(x[mine].chunk(accumulation), labels[mine].chunk(accumulation), strict=True)
     optimizer = Recorder(method.parameters(), lr=0.0)
     with method.step(optimizer) as step:
         for inputs, targets in batches:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from hyper_tune import UserError
 from hyper_tune.checkpoint import has_checkpoints, read_newest, write_checkpoint
 
@@ -115,7 +116,7 @@ def test_a_saved_step_is_not_written_again(folder: Path) -> None:
 def test_a_state_that_cannot_be_saved_changes_nothing(
     folder: Path, value: object, error: type[Exception]
 ) -> None:
-    with pytest.raises(error, match="^owner/x "):
+    with pytest.raises(error, match=r"^owner/x "):
         write_checkpoint(folder, 4, {"owner": {"x": value}})
     assert len(list(folder.iterdir())) == 3
     assert read_newest(folder)[0] == 3

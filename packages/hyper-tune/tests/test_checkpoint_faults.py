@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from hyper_tune import checkpoint
 from hyper_tune.checkpoint import read_newest, write_checkpoint
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hyper_tune.torchtune.cli import main, packaged_configs
 from omegaconf import OmegaConf
+
+from hyper_tune.torchtune.cli import main, packaged_configs
 
 Failing = Callable[..., str]
 

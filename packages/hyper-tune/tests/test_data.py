@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from hyper_tune.errors import UserError
 from hyper_tune.torchtune.components import build
 from hyper_tune.torchtune.data import FileDataset, collate
@@ -60,12 +61,15 @@ def test_a_record_cut_before_its_answer_is_refused(tmp_path: Path, llama: dict[s
     path = tmp_path / "pairs.jsonl"
     path.write_text(FORMATS["pairs.jsonl"])
     tokenizer = build("tokenizer", {**llama["tokenizer"], "max_seq_len": 8})
-    with pytest.raises(UserError, match="pairs.jsonl:1: none of the 8 tokens is the assistant's"):
+    with pytest.raises(UserError, match=r"pairs\.jsonl:1: none of the 8 tokens is the assistant's"):
         FileDataset(tokenizer, str(path))
 
 
 def test_held_out_loss_on_gsm8k_falls(
-    tmp_path: Path, make_config: Callable[..., Path], run: Callable[..., None], llama: dict[str, Any]
+    tmp_path: Path,
+    make_config: Callable[..., Path],
+    run: Callable[..., None],
+    llama: dict[str, Any],
 ) -> None:
     rows = GSM8K.read_text().splitlines(keepends=True)
     paths = {"train": tmp_path / "train.jsonl", "held_out": tmp_path / "held_out.jsonl"}

@@ -5,8 +5,9 @@ import importlib
 import inspect
 import pkgutil
 
-import hyper_tune
 import pytest
+
+import hyper_tune
 
 MODULES = ["hyper_tune"] + [
     module.name for module in pkgutil.walk_packages(hyper_tune.__path__, "hyper_tune.")
@@ -30,7 +31,9 @@ def test_the_modules_are_found_and_have_examples() -> None:
     assert len(examples) > 30
 
 
-@pytest.mark.parametrize("name", ["HypernetworkSettings", "MethodConfig", "PruningSettings", "assemble"])
+@pytest.mark.parametrize(
+    "name", ["HypernetworkSettings", "MethodConfig", "PruningSettings", "assemble"]
+)
 def test_what_users_call_first_has_an_example_and_its_errors(name: str) -> None:
     text = inspect.getdoc(getattr(hyper_tune, name)) or ""
     assert ">>> " in text

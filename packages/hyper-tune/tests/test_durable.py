@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from hyper_tune import durable
 from hyper_tune.durable import DamagedError, commit, digest, remove_temporary, verify, write_text
 
@@ -122,8 +123,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "its manifest is too large",
     ),
 }
-UNREADABLE = [b"", b"{}", b"[]", b"null", b"\xff", b"[" * 200_000, b'{"files": []}',
-              b'{"files": {"a": 1}, "format": 1, "name": "final"}', b'{"files": {"a": {}}}']  # fmt: skip
+UNREADABLE = [
+    b"",
+    b"{}",
+    b"[]",
+    b"null",
+    b"\xff",
+    b"[" * 200_000,
+    b'{"files": []}',
+    b'{"files": {"a": 1}, "format": 1, "name": "final"}',
+    b'{"files": {"a": {}}}',
+]
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -156,7 +166,7 @@ def test_digest_is_the_sha256_of_the_content(tmp_path: Path) -> None:
 
 def test_text_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
-    for text in ("", "γ = 0.1\n", "x" * 100_000):
+    for text in ("", "größe = 0.1\n", "x" * 100_000):
         write_text(path, text)
         assert path.read_text(encoding="utf-8") == text
         assert list(tmp_path.iterdir()) == [path]

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hyper_tune.torchtune.recipe import FineTuning
-from hyper_tune.torchtune.settings import RecipeSettings
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from hyper_tune.torchtune.recipe import FineTuning
+from hyper_tune.torchtune.settings import RecipeSettings
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen"])

@@ -1,6 +1,7 @@
 """The configuration of a method: defaults, PEFT's names, refusals."""
 
 import pytest
+
 from hyper_tune import MethodConfig
 from hyper_tune.errors import UserError
 from hyper_tune.method import METHODS, HypernetworkSettings, PruningSettings

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hyper_tune.metrics import Metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hyper_tune.metrics import Metrics
+
 ROWS = [
-    {"step": step, "loss": 1 / (3 + step), "lr": 1e-3 * 0.1**step, "skipped": False, "note": "γ\n"}
+    {"step": step, "loss": 1 / (3 + step), "lr": 1e-3 * 0.1**step, "skipped": False, "note": "é\n"}
     for step in range(1, 6)
 ]
 
@@ -40,9 +41,7 @@ def test_a_row_is_handed_over_before_append_returns(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(number=st.floats(allow_nan=False, allow_infinity=False))
-def test_floats_read_back_exactly(
-    tmp_path_factory: pytest.TempPathFactory, number: float
-) -> None:
+def test_floats_read_back_exactly(tmp_path_factory: pytest.TempPathFactory, number: float) -> None:
     metrics = Metrics(tmp_path_factory.mktemp("run") / "metrics.jsonl")
     metrics.append({"step": 1, "loss": number})
     metrics.truncate_after(1)

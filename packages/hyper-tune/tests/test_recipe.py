@@ -48,7 +48,11 @@ def test_any_split_of_the_same_samples_trains_alike(
     checkpointing: bool,
 ) -> None:
     config = make_config(
-        optimizer=SGD, max_steps=5, batch_size=4, gradient_accumulation_steps=1, save_every_n_steps=5
+        optimizer=SGD,
+        max_steps=5,
+        batch_size=4,
+        gradient_accumulation_steps=1,
+        save_every_n_steps=5,
     )
     whole, split = tmp_path / "whole", tmp_path / "split"
     run(config, f"output_dir={whole}")
@@ -90,7 +94,9 @@ def test_every_step_logs_its_figures(
         *("tokens_per_second", "seconds", "peak_memory_mib", "skipped"),
     }
     assert [set(row) for row in logged if row["step"] % 6] == [figures] * 10
-    assert [set(row) for row in logged if not row["step"] % 6] == [figures | {"validation_loss"}] * 2
+    assert [set(row) for row in logged if not row["step"] % 6] == [
+        figures | {"validation_loss"}
+    ] * 2
     assert [row["lr"] for row in logged[:3]] == [0.0, 5e-4, 1e-3]
     # 14 matrices of 4 ranks; 28 remain; the eight steps that the budget may take hold two prunings.
     assert [row["live_ranks"] for row in logged] == [56] * 2 + [42] * 3 + [28] * 7

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hyper_tune.errors import UserError
-from hyper_tune.records import Conversation, Turn, read_records
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from hyper_tune.errors import UserError
+from hyper_tune.records import Conversation, Turn, read_records
 
 PAIR = {"question": "What is {2}?", "answer": "{4}"}
 PLAIN_PROMPT = (
@@ -82,9 +83,13 @@ def test_an_array_is_read_with_the_line_of_each_record(tmp_path: Path, indent: i
     assert [text.split("\n")[n - 1].lstrip(" [")[0] for n in lines] == ["{"] * 3
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50
+)
 @given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)), min_size=1), st.booleans())
-def test_any_text_comes_back(tmp_path: Path, pairs: list[tuple[str, str]], ascii_only: bool) -> None:
+def test_any_text_comes_back(
+    tmp_path: Path, pairs: list[tuple[str, str]], ascii_only: bool
+) -> None:
     kept = [(q, a) for q, a in pairs if q.strip() and a.strip()] or [("q", "a")]
     rows = [{"question": q, "answer": a} for q, a in kept]
     for name, text in (

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_successive_checkpoints_differ(
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
     states = [load_file(folder / "state.safetensors") for folder in folders]
     assert len(states) == 3
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in pairwise(states):
         moved = [key for key in before if not before[key].equal(after[key])]
         assert any("hypernetwork" in key for key in moved)
         assert any("exp_avg" in key for key in moved)

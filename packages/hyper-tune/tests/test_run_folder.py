@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from hyper_tune import UserError
 from hyper_tune.checkpoint import write_checkpoint
 from hyper_tune.run_folder import RunFolder
@@ -109,9 +110,9 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
 
 def test_text_and_json_are_written_whole(folder: RunFolder) -> None:
     folder.start(resume=False)
-    folder.write_text("config.yaml", "a: γ\n")
+    folder.write_text("config.yaml", "a: é\n")
     folder.write_json("summary.json", {"loss": 0.1, "ranks": {"q_proj": 3}})
-    assert (folder.path / "config.yaml").read_bytes() == "a: γ\n".encode()
+    assert (folder.path / "config.yaml").read_bytes() == "a: é\n".encode()
     text = (folder.path / "summary.json").read_text()
     assert text == '{\n "loss": 0.1,\n "ranks": {\n  "q_proj": 3\n }\n}\n'
     with pytest.raises(ValueError, match="Out of range float values"):

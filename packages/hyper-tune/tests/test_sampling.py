@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hyper_tune.errors import UserError
-from hyper_tune.sampling import batch_indices, derive_seed, sample_at, total_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from hyper_tune.errors import UserError
+from hyper_tune.sampling import batch_indices, derive_seed, sample_at, total_steps
 
 SIZES = st.integers(1, 40)
 
@@ -79,7 +80,15 @@ def test_the_order_stays_the_same_for_ever() -> None:
 
 
 def test_seeds_of_other_purposes_differ() -> None:
-    purposes = [("order", 1), ("order", 2), ("step", 1), ("step", 1, 0), ("step", 1, 1), ("1",), (1,)]
+    purposes = [
+        ("order", 1),
+        ("order", 2),
+        ("step", 1),
+        ("step", 1, 0),
+        ("step", 1, 1),
+        ("1",),
+        (1,),
+    ]
     seeds = {derive_seed(seed, *purpose) for seed in (0, 1) for purpose in purposes}
     assert len(seeds) == 2 * len(purposes)
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -120,7 +129,9 @@ def test_batches_equal_the_stream_cut_in_pieces(
     assert found == stream
 
 
-@pytest.mark.parametrize("split", [(1, 1, 4), (1, 2, 2), (2, 1, 2), (4, 1, 1), (1, 4, 1), (2, 2, 1)])
+@pytest.mark.parametrize(
+    "split", [(1, 1, 4), (1, 2, 2), (2, 1, 2), (4, 1, 1), (1, 4, 1), (2, 2, 1)]
+)
 def test_every_split_of_a_global_batch_has_the_same_samples(split: tuple[int, int, int]) -> None:
     for step in range(8):
         (whole,) = batches(step, 4, 1, 1, 0)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hyper_tune.tree import flatten, unflatten
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from hyper_tune.tree import flatten, unflatten
 
 KEYS = st.text(alphabet="a$/%2F.5", max_size=4) | st.integers(-3, 99)
 PLAIN = (

@@ -1,4 +1,4 @@
-"""`tune run hyper-tune/hyperadalora_full --config NAME`: HyperAdaLoRA on any number of processes."""
+"""`tune run hyper-tune/hyperadalora_full --config NAME`, on any number of processes."""
 
 from hyper_tune.torchtune.cli import main
 

@@ -3,10 +3,19 @@
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
 from hyper_core import GeneratedParameters
+from hyper_tune.errors import UserError
+from hyper_tune.factors import FactorOwner, LearnedFactors
+from hyper_tune.method import MethodConfig
+from hyper_tune.optimizer_state import load_named_optimizer_state, named_optimizer_state
+from hyper_tune.parallel import broadcast_
+from hyper_tune.step import TrainingStep
 from lowrank_adapters import (
     SVD,
     FactorStack,
@@ -17,17 +26,15 @@ from lowrank_adapters import (
     inject_adapters_,
 )
 from rank_budget import FixedPruning, RankAllocator, RankedMatrices
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from hyper_tune.factors import FactorOwner, LearnedFactors
-from hyper_tune.method import MethodConfig
-from hyper_tune.optimizer_state import load_named_optimizer_state, named_optimizer_state
-from hyper_tune.parallel import broadcast_
-from hyper_tune.step import TrainingStep
-
-_MAKERS = {"lora": LoRA, "svd": SVD}
-_OUTPUTS = {"p": "unit_rows", "q": "unit_rows", "a": "unit_rows", "lam": "free", "b": "free"}
+_MAKERS: Mapping[str, type[LoRA | SVD]] = {"lora": LoRA, "svd": SVD}
+_OUTPUTS: Mapping[str, Literal["free", "unit_rows"]] = {
+    "p": "unit_rows",
+    "q": "unit_rows",
+    "a": "unit_rows",
+    "lam": "free",
+    "b": "free",
+}
 _ZERO_AT_START = {"lam", "b"}
 
 
@@ -80,7 +87,7 @@ class Assembly:
         return {name: live[name] for name in self.layers}
 
     def parameters(self) -> list[Tensor]:
-        """Return what the optimizer trains; the factors in the model are not among it."""
+        """Return what the optimizer trains: hypernetworks, or the stacked factors themselves."""
         return self._parameters
 
     def step(self, optimizer: Optimizer, max_grad_norm: float | None = None) -> TrainingStep:
@@ -111,7 +118,12 @@ class Assembly:
         Raises:
             ValueError: the state is of another model or method.
         """
-        self.owner.load_state_dict(state["owner"])
+        if optimizer is not None and state["optimizer"] is None:
+            raise UserError("the saved state has no optimizer; load it without one, or save both.")
+        try:
+            self.owner.load_state_dict(state["owner"])
+        except RuntimeError as error:
+            raise UserError(f"the saved state is of another model or method: {error}") from error
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
         if optimizer is not None:
@@ -168,11 +180,13 @@ def assemble(
     4
     """
     make = _MAKERS[config.method.layer](rank=config.init_rank, alpha=float(config.alpha or 0))
-    targets = config.target_modules
-    if not isinstance(targets, str):
-        targets = list(targets)
     layers = inject_adapters_(
-        model, make, targets, exclude=config.exclude, device=device, factor_dtype=dtype
+        model,
+        make,
+        config.target_modules,
+        exclude=config.exclude,
+        device=device,
+        factor_dtype=dtype,
     )
     freeze_base_(model)
     stack = FactorStack(layers)

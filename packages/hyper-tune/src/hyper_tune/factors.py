@@ -1,13 +1,13 @@
-"""Who owns the factors: what a training step asks of a hypernetwork, and the identity in its place."""
+"""Who owns the factors: what a step asks of a hypernetwork, and the identity in its place."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from lowrank_adapters import FactorGroup
 from torch import Tensor
 
 from hyper_tune.errors import UserError
+from lowrank_adapters import FactorGroup
 
 
 class FactorOwner(Protocol):

@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from hyper_core import PRESETS
-
 from hyper_tune.errors import UserError
 
 State = Literal["recurrent", "static"]

@@ -36,7 +36,9 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
-def shard_base_(model: nn.Module, blocks: Iterable[nn.Module], leaves: Iterable[Tensor]) -> None:
+def shard_base_(
+    model: nn.Module, blocks: Iterable[nn.Module], leaves: Iterable[nn.Parameter]
+) -> None:
     """Shard the frozen base over all ranks with FSDP2, block by block; the leaves stay whole.
 
     Every rank holds and reads all of ``leaves`` (the factors), whose gradients the training step
@@ -67,7 +69,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def on_rank_zero(action: Callable[[], None], device: torch.device) -> None:
+def on_rank_zero(action: Callable[[], object], device: torch.device) -> None:
     """Run ``action`` on rank 0 alone; where it fails there, every rank raises.
 
     Raises:
@@ -89,7 +91,9 @@ def on_rank_zero(action: Callable[[], None], device: torch.device) -> None:
 
 def agree(value: int, what: str, device: torch.device) -> None:
     """Raise a `UserError` on every rank unless all ranks have the same ``value``."""
-    total = sum_over_ranks_(torch.tensor([value, value**2], dtype=torch.float64, device=device))
-    mean, square = (total / world_size()).tolist()
-    if mean**2 != square:
+    limits = torch.tensor([value, -value], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(limits, dist.ReduceOp.MAX)
+    highest, lowest_negated = limits.tolist()
+    if highest != -lowest_negated:
         raise UserError(f"{what} differs between the ranks; rank {rank()} has {value}.")

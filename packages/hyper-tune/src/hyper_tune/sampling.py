@@ -21,7 +21,7 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, dataset_size: int) -> list[int]:
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-    return torch.randperm(dataset_size, generator=generator).tolist()  # type: ignore[no-any-return]
+    return torch.randperm(dataset_size, generator=generator).tolist()
 
 
 def sample_at(position: int, *, dataset_size: int, seed: int, shuffle: bool) -> int:

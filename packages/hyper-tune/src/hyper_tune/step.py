@@ -6,13 +6,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
-from lowrank_adapters import accumulate_orthogonality_gradient_
-from rank_budget import Allocation
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from hyper_tune.parallel import sum_over_ranks_, world_size
+from lowrank_adapters import accumulate_orthogonality_gradient_
+from rank_budget import Allocation
 
 if TYPE_CHECKING:
     from hyper_tune.assembly import Assembly
@@ -38,7 +38,7 @@ class StepReport:
 
 
 class TrainingStep:
-    """refresh · micro-batches · reduce · score · penalty · pull back · clip · step · allocate · commit.
+    """Refresh · micro-batches · reduce · score · penalty · pull back · clip · step · prune · commit.
 
     A context manager made by `Assembly.step`. Inside it, run any number of micro-batches, each
     with `backward`; the rest happens at the end of the block. The factors do not change inside
@@ -58,10 +58,11 @@ class TrainingStep:
         self._assembly = assembly
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
-        self._sums: Tensor | None = None
+        self._sums: Tensor | None
         self.report: StepReport
 
     def __enter__(self) -> "TrainingStep":
+        self._sums = None
         self._assembly.stack.bind_grads_()
         self._assembly.owner.refresh()
         return self
@@ -84,11 +85,13 @@ class TrainingStep:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self._finish()
-        else:
-            self._assembly.owner.discard()
-        self._zero_grads()
+        try:
+            if kind is None:
+                self._finish()
+            else:
+                self._assembly.owner.discard()
+        finally:
+            self._zero_grads()
 
     def _finish(self) -> None:
         assembly = self._assembly
@@ -102,7 +105,11 @@ class TrainingStep:
             [value.double() for value in (loss, penalty, norm, tokens)]
         ).tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
-        allocation = self._update() if finite else assembly.owner.discard()
+        allocation = None
+        if finite:
+            allocation = self._update()
+        else:
+            assembly.owner.discard()
         self.report = StepReport(
             loss=loss_value if self._sums is not None else None,
             penalty=penalty_value,
@@ -155,5 +162,3 @@ class TrainingStep:
         self._optimizer.zero_grad()
         self._assembly.stack.bind_grads_()
         self._assembly.stack.zero_grads_()
-
-

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowrank_adapters import LowRankLinear, freeze_base_, inside_adapters
 from torch import Tensor, nn
 from torchtune import training
+from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from hyper_tune.errors import UserError
 from hyper_tune.parallel import shard_base_, world_size
 from hyper_tune.torchtune.components import build
 from hyper_tune.torchtune.settings import RecipeSettings
+from lowrank_adapters import LowRankLinear, freeze_base_, inside_adapters
 
 _TOKENIZER_FILES = ("path", "merges_file", "special_tokens_path")
 _OUTPUT_CHUNKS = 8
@@ -90,26 +91,28 @@ def dtype_of(settings: RecipeSettings) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
 
 
-def build_on_meta(settings: RecipeSettings) -> nn.Module:
+def build_on_meta(settings: RecipeSettings) -> TransformerDecoder:
     """Build the decoder without memory; `load_` gives it weights."""
     with training.set_default_dtype(dtype_of(settings)), torch.device("meta"):
-        model: nn.Module = build("model", settings.model)
+        model: TransformerDecoder = build("model", settings.model)
     return model
 
 
-def prepare_(model: nn.Module, settings: RecipeSettings, leaves: Iterable[Tensor]) -> None:
-    """Compile, checkpoint activations and shard, in torchtune's order, before weights are loaded."""
-    blocks = list(model.layers)  # type: ignore[arg-type]
+def prepare_(
+    model: TransformerDecoder, settings: RecipeSettings, leaves: Iterable[nn.Parameter]
+) -> None:
+    """Compile, checkpoint activations and shard, in torchtune's order, before any weights."""
+    blocks = list(model.layers)
     if settings.compile:
         training.compile_model(model, verbose=False)
     if settings.enable_activation_checkpointing:
         training.set_activation_checkpointing(model, auto_wrap_policy={type(blocks[0])})
     if world_size() > 1:
-        shard_base_(model, list(model.layers), leaves)  # type: ignore[arg-type]
+        shard_base_(model, list(model.layers), leaves)
 
 
 def load_(
-    model: nn.Module,
+    model: TransformerDecoder,
     settings: RecipeSettings,
     layers: Mapping[str, LowRankLinear],
     device: torch.device,
@@ -136,7 +139,7 @@ def load_(
                 module.rope_init()
     training.validate_no_params_on_meta_device(model)
     freeze_base_(model)
-    model.set_num_output_chunks(_OUTPUT_CHUNKS)  # type: ignore[operator]
+    model.set_num_output_chunks(_OUTPUT_CHUNKS)
 
 
 def _refuse_other_model(

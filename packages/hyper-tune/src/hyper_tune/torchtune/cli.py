@@ -7,17 +7,18 @@ import time
 import warnings
 from importlib import resources
 from pathlib import Path
+from typing import TextIO
 
-from hyper_core import HyperError
-from lowrank_adapters import AdapterError
 from omegaconf import DictConfig, OmegaConf
-from rank_budget import BudgetError
 from torchtune import config
 
+from hyper_core import HyperError
 from hyper_tune import parallel
 from hyper_tune.errors import UserError
 from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.settings import RecipeSettings
+from lowrank_adapters import AdapterError
+from rank_budget import BudgetError
 
 PERSONS_MISTAKES = (UserError, AdapterError, BudgetError, HyperError)
 EXIT_MISTAKE = 2
@@ -77,8 +78,10 @@ def _resolve_config_argument(arguments: list[str]) -> None:
         raise UserError(f"{path} must hold keys and values, such as `seed: 0`.")
     arguments[position] = str(path)
     for word in arguments[1 : position - 1] + arguments[position + 1 :]:
-        if "=" not in word:
-            raise UserError(f"{word!r} is not understood; overrides are written key=value.")
+        if word.count("=") != 1:
+            raise UserError(
+                f"{word!r} is not understood; overrides are written key=value, with one '='."
+            )
 
 
 def _refuse_bad_overrides(overrides: list[str]) -> None:
@@ -92,6 +95,8 @@ def _run(cfg: DictConfig) -> int:
     try:
         settings = RecipeSettings.from_config(cfg)
         with FineTuning(settings) as run:
+            if parallel.rank() == 0:
+                run.folder.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
             run.train()
     except PERSONS_MISTAKES as error:
         return _report(error)
@@ -111,6 +116,14 @@ def _report(error: Exception) -> int:
     return EXIT_MISTAKE
 
 
-def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _one_line_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    del filename, lineno, file, line
     if int(os.environ.get("RANK", 0)) == 0 and issubclass(category, UserWarning):
         sys.stderr.write(f"warning: {message}\n")

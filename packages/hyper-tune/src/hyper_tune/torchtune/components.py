@@ -1,5 +1,6 @@
 """Builds what a configuration names by ``_component_``, with messages for people."""
 
+import os
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -22,3 +23,16 @@ def build(section: str, component: Component, *arguments: Any, **overrides: Any)
         name = component["_component_"]
         reason = " ".join(str(error).split())
         raise UserError(f"{section}: {name} cannot be built: {reason}") from error
+
+
+def build_tokenizer(component: Component) -> Any:
+    """Build the tokenizer from the files that are there now.
+
+    tiktoken copies every file it reads into a cache, by path alone: another tokenizer at the same
+    (relative) path would be read as the first one. So the cache is turned off.
+
+    Raises:
+        UserError: the tokenizer cannot be built.
+    """
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""
+    return build("tokenizer", component)

@@ -68,14 +68,25 @@ class FileDataset(Dataset[Sample]):
         """Return the tokens and labels of one conversation."""
         return self._samples[index]
 
-    def refuse_longer(self, limit: int) -> None:
-        """Raise a `UserError` that names the first conversation of more than ``limit`` tokens."""
+    def refuse_unfit(self, limit: int, vocabulary: int) -> None:
+        """Compare with a model that reads ``limit`` tokens of a ``vocabulary``.
+
+        Raises:
+            UserError: names the first conversation with more tokens, or one that is unknown.
+        """
         for conversation, sample in zip(self.conversations, self._samples, strict=True):
-            if len(sample["tokens"]) > limit:
+            tokens = sample["tokens"]
+            if len(tokens) > limit:
                 raise UserError(
-                    f"{self.where(conversation)}: {len(sample['tokens'])} tokens, but the model "
-                    f"reads at most {limit}; set tokenizer.max_seq_len to {limit} to cut long "
-                    "records, or shorten this one."
+                    f"{self.where(conversation)}: {len(tokens)} tokens, but the model reads at "
+                    f"most {limit}; set tokenizer.max_seq_len to {limit} to cut long records, or "
+                    "shorten this one."
+                )
+            if max(tokens) >= vocabulary:
+                raise UserError(
+                    f"{self.where(conversation)}: the tokenizer makes token {max(tokens)}, but the "
+                    f"model knows 0 to {vocabulary - 1}; give the tokenizer that came with the "
+                    "model, and the vocab_size of its config.json."
                 )
 
 

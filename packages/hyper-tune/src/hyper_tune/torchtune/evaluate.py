@@ -73,7 +73,8 @@ def exact_match(
         answers = greedy(model, prompts, max_new_tokens, tokenizer.pad_id, device)
         texts = [_text(tokenizer, answer) for answer in answers]
         right = sum(
-            text == c.turns[-1].content.strip() for text, c in zip(texts, conversations, strict=True)
+            text == c.turns[-1].content.strip()
+            for text, c in zip(texts, conversations, strict=True)
         )
         if counts:
             totals += torch.tensor([right, len(positions)], dtype=torch.float64, device=device)
@@ -124,4 +125,3 @@ def peak_memory_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-

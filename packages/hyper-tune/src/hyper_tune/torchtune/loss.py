@@ -29,7 +29,7 @@ def cross_entropy_sum(chunks: Sequence[Tensor], labels: Tensor) -> Tensor:
     >>> round(float(cross_entropy_sum([logits], torch.tensor([[1, -100]])).exp()), 4)
     4.0
     """
-    parts = labels.split([chunk.shape[1] for chunk in chunks], dim=1)
+    parts = torch.split(labels, [chunk.shape[1] for chunk in chunks], dim=1)
     losses = [
         functional.cross_entropy(
             chunk.flatten(0, 1) if chunk.dtype == torch.float64 else chunk.flatten(0, 1).float(),

@@ -1,11 +1,8 @@
 """One fine-tuning run, from its settings to the exported adapter."""
 
 import json
-import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
-from statistics import median
 from types import TracebackType
 from typing import Any
 
@@ -19,12 +16,12 @@ from hyper_tune.errors import UserError
 from hyper_tune.run_folder import RunFolder
 from hyper_tune.sampling import batch_indices, derive_seed, total_steps
 from hyper_tune.step import StepReport
-from hyper_tune.torchtune.base_model import build_on_meta, check_files, hf_config, load_, prepare_
-from hyper_tune.torchtune.components import build
+from hyper_tune.torchtune.base_model import build_on_meta, check_files, load_, prepare_
+from hyper_tune.torchtune.components import build, build_tokenizer
 from hyper_tune.torchtune.data import FileDataset, Samples, collate
 from hyper_tune.torchtune.evaluate import exact_match, held_out_loss, peak_memory_mib
-from hyper_tune.torchtune.hf_names import hf_module_name, output_row_order
 from hyper_tune.torchtune.loss import IGNORE_INDEX, cross_entropy_sum
+from hyper_tune.torchtune.results import progress_text, say, step_row, write_results
 from hyper_tune.torchtune.settings import RecipeSettings
 
 
@@ -45,7 +42,7 @@ class FineTuning:
         self.step = 0
         self.before: dict[str, float] = {}
         self._skipped = 0
-        self._seconds: list[float] = []
+        self.seconds: list[float] = []
 
     def __enter__(self) -> "FineTuning":
         try:
@@ -59,9 +56,9 @@ class FineTuning:
         settings = self.settings
         check_files(settings)
         self.device = parallel.start(_device(settings.device))
-        self.tokenizer = build("tokenizer", settings.tokenizer)
+        self.tokenizer = build_tokenizer(settings.tokenizer)
         model = build_on_meta(settings)
-        self._open_data(model.max_seq_len)
+        self._open_data(model.max_seq_len, model.tok_embeddings.num_embeddings)
         self.total_steps = total_steps(
             len(self.data), self._global_batch, settings.epochs, settings.max_steps
         )
@@ -92,11 +89,9 @@ class FineTuning:
     @property
     def _global_batch(self) -> int:
         settings = self.settings
-        return (
-            settings.batch_size * settings.gradient_accumulation_steps * parallel.world_size()
-        )
+        return settings.batch_size * settings.gradient_accumulation_steps * parallel.world_size()
 
-    def _open_data(self, longest: int) -> None:
+    def _open_data(self, longest: int, vocabulary: int) -> None:
         settings = self.settings
         self.data: Samples = build("dataset", settings.dataset, self.tokenizer)
         self.held_out: Samples | None = None
@@ -104,12 +99,14 @@ class FineTuning:
             self.held_out = build("dataset_val", settings.dataset_val, self.tokenizer)
         self.questions: FileDataset | None = None
         if settings.exact_match is not None:
-            options = dict(settings.exact_match)
-            self.max_new_tokens = int(options.pop("max_new_tokens", 32))
-            self.questions = FileDataset(self.tokenizer, **options)
+            options = settings.exact_match
+            self.max_new_tokens = int(options.get("max_new_tokens", 32))
+            self.questions = FileDataset(
+                self.tokenizer, options["path"], options.get("format", "auto")
+            )
         for data in (self.data, self.held_out, self.questions):
             if isinstance(data, FileDataset):
-                data.refuse_longer(longest)
+                data.refuse_unfit(longest, vocabulary)
 
     def _open_run_folder(self) -> None:
         settings = self.settings
@@ -123,13 +120,13 @@ class FineTuning:
     def _resume(self) -> None:
         step, state, reports = read_newest(self.folder.checkpoints)
         for line in reports:
-            _say(line)
+            say(line)
         _refuse_other_run(state["run"], self._identity())
         self.method.load_state_dict(state["method"], self.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         self.before = state["before"]
         self.step = step
-        _say(f"resuming {self.folder.path} from step {step} of {self.total_steps}")
+        say(f"resuming {self.folder.path} from step {step} of {self.total_steps}")
 
     def _identity(self) -> dict[str, Any]:
         """Return what must be equal for a resumed run to go on as if it had not stopped."""
@@ -137,6 +134,7 @@ class FineTuning:
         return {
             "method": asdict(settings.method),
             "model": dict(settings.model),
+            "dataset": dict(settings.dataset),
             "samples": len(self.data),
             "seed": settings.seed,
             "shuffle": settings.shuffle,
@@ -165,7 +163,7 @@ class FineTuning:
             while self.step < self.total_steps:
                 row = self._train_step()
                 progress.update()
-                progress.set_postfix_str(_postfix(row, self.method.total_ranks))
+                progress.set_postfix_str(progress_text(row, self.method.total_ranks))
         self._finish()
 
     def _train_step(self) -> dict[str, Any]:
@@ -175,12 +173,13 @@ class FineTuning:
         self.scheduler.step()
         self.step += 1
         seconds = time.perf_counter() - started
-        self._seconds.append(seconds)
-        row = self._row(report, lr, seconds)
+        self.seconds.append(seconds)
+        row = step_row(self.step, report, lr, seconds, peak_memory_mib(self.device))
         if self.held_out is not None and self._every(self.settings.validate_every_n_steps):
             self.method.write_factors_()
             row["validation_loss"] = self._held_out_loss(self.held_out)
-        parallel.on_rank_zero(lambda: self.folder.metrics.append(row), self.device)
+        if parallel.rank() == 0:
+            self.folder.metrics.append(row)
         self._count_skipped(report)
         last = self.step == self.total_steps
         if report.finite and (last or self._every(self.settings.save_every_n_steps)):
@@ -210,21 +209,6 @@ class FineTuning:
                 step.backward(loss, (labels != IGNORE_INDEX).sum())
         return step.report
 
-    def _row(self, report: StepReport, lr: float, seconds: float) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "loss": report.loss if report.finite else None,
-            "penalty": report.penalty if report.finite else None,
-            "grad_norm": report.grad_norm if report.finite else None,
-            "lr": lr,
-            "live_ranks": report.live_ranks,
-            "tokens": report.tokens,
-            "tokens_per_second": report.tokens / seconds,
-            "seconds": seconds,
-            "peak_memory_mib": peak_memory_mib(self.device),
-            "skipped": not report.finite,
-        }
-
     def _every(self, interval: int | None) -> bool:
         return interval is not None and self.step % interval == 0
 
@@ -233,7 +217,7 @@ class FineTuning:
             self._skipped = 0
             return
         self._skipped += 1
-        _say(f"step {self.step}: loss or gradient is not finite; the step was skipped")
+        say(f"step {self.step}: loss or gradient is not finite; the step was skipped")
         if self._skipped >= self.settings.max_skipped_steps:
             raise UserError(
                 f"steps {self.step - self._skipped + 1} to {self.step} had no finite loss or "
@@ -283,47 +267,7 @@ class FineTuning:
 
     def _finish(self) -> None:
         after = self.evaluate()
-        parallel.on_rank_zero(lambda: self._write_results(after), self.device)
-
-    def _write_results(self, after: dict[str, float]) -> None:
-        settings = self.settings
-        adapter = self.method.export(
-            self.folder.path / "adapter",
-            rename=hf_module_name,
-            transform_b=output_row_order(
-                str(settings.checkpointer["model_type"]), hf_config(settings)
-            ),
-            base_model_name_or_path=self._base_name(),
-        )
-        summary = {
-            "before": self.before,
-            "after": after,
-            "base_parameters": _count(self.model.parameters()) - self._factor_count(),
-            "trainable_parameters": _count(self.method.parameters()),
-            "factor_parameters": self._factor_count(),
-            "ranks": self.method.ranks(),
-            "initial_rank": settings.method.init_rank,
-            "live_ranks": self.method.live_ranks,
-            "total_ranks": self.method.total_ranks,
-            "steps": self.total_steps,
-            "seconds_per_step": median(self._seconds) if self._seconds else None,
-            "peak_memory_mib": peak_memory_mib(self.device),
-            "adapter": str(adapter),
-        }
-        self.folder.write_json("summary.json", summary)
-        _say(f"adapter: {adapter}")
-        for name, figures in (("before", self.before), ("after", after)):
-            text = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
-            _say(f"{name}: {text or 'nothing to evaluate on'}")
-
-    def _factor_count(self) -> int:
-        return self.method.stack.values.numel()
-
-    def _base_name(self) -> str:
-        named = self.settings.base_model
-        if named is not None and "/" in named:
-            return named
-        return str(Path(self.settings.checkpointer["checkpoint_dir"]).absolute())
+        parallel.on_rank_zero(lambda: write_results(self, after), self.device)
 
 
 def _device(name: str) -> torch.device:
@@ -347,17 +291,3 @@ def _refuse_other_run(saved: dict[str, Any], here: dict[str, Any]) -> None:
             f"{here[key]!r} (differing: {', '.join(different)}); restore the settings, or start "
             "afresh in another output_dir."
         )
-
-
-def _postfix(row: dict[str, Any], total_ranks: int) -> str:
-    loss = "skipped" if row["loss"] is None else f"{row['loss']:.4f}"
-    return f"loss {loss}, ranks {row['live_ranks']}/{total_ranks}, {row['tokens_per_second']:.0f} tokens/s"
-
-
-def _count(tensors: Any) -> int:
-    return sum(tensor.numel() for tensor in tensors)
-
-
-def _say(line: str) -> None:
-    if parallel.rank() == 0:
-        tqdm.write(line, file=sys.stderr)

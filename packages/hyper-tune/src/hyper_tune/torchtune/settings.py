@@ -87,6 +87,14 @@ class RecipeSettings:
         require_choice("dtype", self.dtype, DTYPES)
         model_type = str(self.checkpointer.get("model_type"))
         require_choice("checkpointer.model_type", model_type, MODEL_TYPES)
+        if "checkpoint_dir" not in self.checkpointer:
+            raise UserError(
+                "checkpointer.checkpoint_dir is missing; give the folder of the base's weights."
+            )
+        if self.exact_match is not None:
+            known_fields("exact_match", self.exact_match, {"path", "format", "max_new_tokens"})
+            if "path" not in self.exact_match:
+                raise UserError("exact_match.path is missing; give a file of questions, or null.")
 
     @staticmethod
     def _require_whole(name: str, value: Any, remedy: str) -> None:
@@ -103,11 +111,7 @@ class RecipeSettings:
         assert isinstance(values, dict)
         known = {entry.name for entry in fields(cls)}
         known_fields("configuration", values, known)
-        required = [
-            entry.name
-            for entry in fields(cls)
-            if entry.default is MISSING
-        ]
+        required = [entry.name for entry in fields(cls) if entry.default is MISSING]
         for key in required:
             if values.get(key) is None:
                 raise UserError(f"configuration: the key {key!r} is missing; add it to the file.")

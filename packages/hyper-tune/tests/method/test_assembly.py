@@ -1,0 +1,179 @@
+"""A method on a model: its budget, its parameters, its warnings and its refusals."""
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hyper_tune import MethodConfig, assemble
+from hyper_tune.method import PruningSettings
+
+
+def plain_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 6))
+
+
+def adalora(init_rank: int, budget: float, **pruning: Any) -> MethodConfig:
+    settings = PruningSettings(**pruning)
+    return MethodConfig("adalora", init_rank=init_rank, budget=budget, pruning=settings)
+
+
+@pytest.mark.parametrize("budget", [1, 4 / 3, 1.5, 2, 3, 4])
+@pytest.mark.parametrize(("interval", "steps"), [(1, 9), (2, 9), (3, 30), (30, 30), (7, 20)])
+@pytest.mark.parametrize("finish_by", [0.1, 0.7, 1.0])
+def test_the_budget_is_met_exactly(
+    budget: float, interval: int, steps: int, finish_by: float
+) -> None:
+    model = plain_model()
+    config = adalora(4, budget, interval=interval, finish_by=finish_by)
+    method = assemble(model, config, total_steps=steps)
+    optimizer = torch.optim.Adam(method.parameters(), lr=0.1)
+    live = [method.live_ranks]
+    for _ in range(steps):
+        with method.step(optimizer) as step:
+            step.backward(model(torch.randn(3, 6)).square().sum(), tokens=3)
+        live.append(step.report.live_ranks)
+        masks = {name: layer.rank_mask for name, layer in method.layers.items()}
+        assert method.ranks() == {name: int(mask.sum()) for name, mask in masks.items()}
+        assert sum(method.ranks().values()) == method.live_ranks == live[-1]
+    assert live[0] == method.total_ranks == 12
+    assert live[-1] == round(budget * 3)
+    assert live == sorted(live, reverse=True)
+    falls = [number for number in range(1, steps + 1) if live[number] < live[number - 1]]
+    assert all(number % interval == 0 for number in falls)
+    if interval <= finish_by * steps:
+        assert live[int(finish_by * steps)] == live[-1]
+
+
+@pytest.mark.parametrize(
+    ("pruning", "steps", "left"),
+    [({"interval": 10, "count": 2}, 29, 8), ({"interval": 100}, 99, 12), ({"count": 1}, 200, 10)],
+)
+def test_a_schedule_that_does_not_meet_the_budget_warns(
+    pruning: dict[str, int], steps: int, left: int
+) -> None:
+    with pytest.warns(UserWarning, match="the pruning schedule") as caught:
+        assemble(plain_model(), adalora(4, 2, **pruning), total_steps=steps)
+    (warning,) = caught
+    interval = pruning.get("interval", 100)
+    assert str(warning.message) == (
+        f"the pruning schedule leaves {left} of 12 ranks after {steps} steps, above the budget of "
+        f"6; lower method.pruning.interval ({interval}) or raise method.pruning.count."
+    )
+    assert warning.filename == __file__
+
+
+def test_a_schedule_that_meets_the_budget_does_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assemble(plain_model(), adalora(4, 2, interval=10, count=2), total_steps=30)
+        assemble(plain_model(), adalora(4, 2, interval=10), total_steps=10)
+
+
+def test_methods_without_a_budget_keep_every_rank(small: SimpleNamespace, case: str) -> None:
+    run = small.build(case)
+    assert run.method.total_ranks == run.method.live_ranks == 12
+    assert run.method.ranks() == dict.fromkeys(("0.up", "0.down", "1.up", "1.down"), 3)
+    for step in range(4):
+        run.step(small.batches(step))
+    assert run.method.live_ranks == (9 if "ada" in case else 12)
+    assert run.method.total_ranks == 12
+    assert list(run.method.ranks()) == ["0.up", "0.down", "1.up", "1.down"]
+
+
+def test_the_model_starts_as_its_base(small: SimpleNamespace, case: str) -> None:
+    model = plain_model().double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+    method = assemble(model, small.configure(case), total_steps=12, dtype=torch.float64)
+    method.write_factors_()
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
+def test_only_the_methods_parameters_change(small: SimpleNamespace, case: str) -> None:
+    run = small.build(case, optimizer=torch.optim.SGD)
+    base = {n: p.detach().clone() for n, p in run.model.named_parameters() if ".base." in n}
+    owned = {n: p.detach().clone() for n, p in run.method.owner.named_parameters()}
+    assert [id(p) for p in run.method.parameters()] == [
+        id(p) for _, p in run.method.owner.named_parameters()
+    ]
+    run.step(small.batches(0))
+    for name, value in base.items():
+        parameter = run.model.get_parameter(name)
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+        assert torch.equal(parameter, value)
+    changed = [n for n, p in run.method.owner.named_parameters() if not torch.equal(p, owned[n])]
+    starts_at_zero = ("hypernetworks.lam.inputs.", "hypernetworks.b.inputs.")
+    assert changed == [name for name in owned if not name.startswith(starts_at_zero)]
+    assert not {id(p) for p in run.model.parameters()} & {id(p) for p in run.method.parameters()}
+
+
+def test_factors_may_be_wider_than_the_base() -> None:
+    model = plain_model().bfloat16()
+    method = assemble(model, MethodConfig("adalora", init_rank=2, budget=2), total_steps=9)
+    assert method.stack.values.dtype == torch.float32
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    before = method.stack.values.clone()
+    with method.step(optimizer) as step:
+        step.backward(model(torch.ones(3, 6).bfloat16()).float().square().sum(), tokens=3)
+    assert step.report.finite
+    assert not torch.equal(method.stack.values, before)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (MethodConfig("lora", init_rank=5), "0: rank is 5, but the matrix is 4 x 6; choose a rank"),
+        (MethodConfig("lora", init_rank=2, target_modules=("q_proj",)), "'q_proj' matches no "),
+        (MethodConfig("lora", init_rank=2, exclude=("0", "2", "4")), "no linear layer is left to"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(config: MethodConfig, text: str) -> None:
+    model = plain_model()
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match="^" + text):
+        assemble(model, config, total_steps=10)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+OTHERS = {
+    "lora": ["adalora", "hyperlora recurrent none"],
+    "adalora": ["lora", "hyperadalora static none"],
+    "hyperlora recurrent none": ["lora", "hyperadalora static none", "hyperlora static token_rms"],
+    "hyperadalora static none": ["adalora", "hyperlora recurrent none"],
+}
+
+
+@pytest.mark.parametrize(("here", "there"), [(h, t) for h in OTHERS for t in OTHERS[h]])
+def test_the_state_of_another_method_is_refused(
+    small: SimpleNamespace, here: str, there: str
+) -> None:
+    run = small.build(here)
+    state = small.build(there).method.state_dict()
+    with pytest.raises(ValueError, match=r"the saved (factors are|state is of another)"):
+        run.method.load_state_dict(state)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_the_state_of_another_model_is_refused(
+    small: SimpleNamespace, case: str, blocks: int
+) -> None:
+    run = small.build(case)
+    state = small.build(case, blocks=blocks).method.state_dict()
+    with pytest.raises(ValueError, match=r"the saved (factors are|state is of another)"):
+        run.method.load_state_dict(state)
+
+
+def test_a_state_without_the_optimizer_that_is_asked_for_is_refused(
+    small: SimpleNamespace, case: str
+) -> None:
+    run = small.build(case)
+    with pytest.raises(ValueError, match="the saved state has no optimizer"):
+        run.method.load_state_dict(run.method.state_dict(), run.optimizer)
