@@ -141,7 +141,7 @@ def train(model: TransformerDecoder, tokenizer: Tokenizer, settings: Settings) -
     progress = tqdm(itertools.islice(text, settings.steps), "training the base", settings.steps)
     for tokens, targets in progress:
         loss = functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hyper_core import AttentionConfig, EncoderLayer, HyperError
 
 CONFIG = AttentionConfig(hidden=6, heads=3, feed_forward=5)

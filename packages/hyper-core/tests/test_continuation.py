@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hyper_core import AttentionConfig, GeneratedParameters
 from torch import nn
+
+from hyper_core import AttentionConfig, GeneratedParameters
 
 CONFIG = AttentionConfig(hidden=8, heads=2, feed_forward=8)
 

@@ -7,8 +7,9 @@ import re
 import time
 from pathlib import Path
 
-import hyper_core
 import pytest
+
+import hyper_core
 
 README = Path(__file__).parents[1] / "README.md"
 MODULES = ["hyper_core"] + [

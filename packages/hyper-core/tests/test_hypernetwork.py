@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hyper_core import PRESETS, AttentionConfig, HyperError, Hypernetwork
 
 CONFIG = AttentionConfig(hidden=4, heads=2, feed_forward=5, layers=2)

@@ -4,9 +4,10 @@ from collections import Counter
 
 import pytest
 import torch
-from hyper_core import AttentionConfig, GeneratedParameters
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hyper_core import AttentionConfig, GeneratedParameters
 
 CONFIG = AttentionConfig(hidden=8, heads=2, feed_forward=8)
 HOST_READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_to_host"}

@@ -137,6 +137,7 @@ class Assembly:
         rename: Callable[[str], str] = str,
         transform_b: Callable[[str, Tensor], Tensor] = lambda _, b: b,
         base_model_name_or_path: str | None = None,
+        task_type: str | None = None,
     ) -> Path:
         """Write the adapter as plain LoRA in PEFT's layout; λ, masks and scaling are folded in.
 
@@ -150,6 +151,7 @@ class Assembly:
             rename=rename,
             transform_b=transform_b,
             base_model_name_or_path=base_model_name_or_path,
+            task_type=task_type,
         )
 
 

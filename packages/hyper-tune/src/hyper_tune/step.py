@@ -38,7 +38,7 @@ class StepReport:
 
 
 class TrainingStep:
-    """Refresh · micro-batches · reduce · score · penalty · pull back · clip · step · prune · commit.
+    """Refresh · micro-batches · reduce · score · penalty · pull back · clip · step · prune · commit
 
     A context manager made by `Assembly.step`. Inside it, run any number of micro-batches, each
     with `backward`; the rest happens at the end of the block. The factors do not change inside

@@ -53,7 +53,7 @@ def inject_adapters_(
     """
     linears = _linears(model)
     chosen = _choose(linears, targets, exclude)
-    _refuse_shared(model, chosen, linears)
+    _refuse_shared(model, chosen)
     layers: dict[str, LowRankLinear] = {}
     for name in chosen:
         try:
@@ -67,6 +67,11 @@ def inject_adapters_(
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    if isinstance(model, nn.Linear | LowRankLinear):
+        raise AdapterError(
+            f"the model is itself a {type(model).__name__}, which has no parent to replace it in; "
+            "give the module that holds it."
+        )
     adapted = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
     if adapted:
         raise AdapterError(f"{adapted[0]} is adapted already; inject into the plain model.")
@@ -105,7 +110,12 @@ def _what_there_is(names: Iterable[str]) -> str:
     return f"the model has {', '.join(kinds)}" if kinds else "the model has none"
 
 
-def _refuse_shared(model: nn.Module, chosen: Sequence[str], linears: dict[str, nn.Linear]) -> None:
+def _refuse_shared(model: nn.Module, chosen: Sequence[str]) -> None:
+    places: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = places.setdefault(id(module), name)
+        if first != name and first in chosen:
+            raise AdapterError(f"{first} and {name} are one module; exclude {first}.")
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = owners.setdefault(id(parameter), name)
@@ -114,11 +124,6 @@ def _refuse_shared(model: nn.Module, chosen: Sequence[str], linears: dict[str, n
                 raise AdapterError(
                     f"{shared} shares its weight ({first} and {name} are one tensor); exclude it."
                 )
-    places: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        first = places.setdefault(id(module), name)
-        if first != name and first in linears and first in chosen:
-            raise AdapterError(f"{first} and {name} are one module; exclude it.")
 
 
 def freeze_base_(model: nn.Module) -> None:

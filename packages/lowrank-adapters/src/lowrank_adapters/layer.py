@@ -82,4 +82,6 @@ def unit_rows(rank: int, width: int) -> Tensor:
     >>> unit_rows(2, 5).norm(dim=1)
     tensor([1., 1.])
     """
-    return functional.normalize(torch.randn(rank, width), dim=1)
+    # Explicit, so that no surrounding default device or dtype changes the draw.
+    normal = torch.randn(rank, width, device="cpu", dtype=torch.float32)
+    return functional.normalize(normal, dim=1)

@@ -50,7 +50,8 @@ class LoRALinear(LowRankLinear):
     @torch.no_grad()
     def as_lora(self) -> tuple[Tensor, Tensor]:
         """Return A (rank, in) and s·B (out, rank)."""
-        return self.a.detach().clone(), self.b.detach() * self.scaling
+        wide = torch.promote_types(self.b.dtype, torch.float32)
+        return self.a.detach().clone(), self.b.detach().to(wide) * self.scaling
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,10 @@ class SVDLinear(LowRankLinear):
     def as_lora(self) -> tuple[Tensor, Tensor]:
         """Return Q (k, in) and P·diag(s·λ) (out, k) of the k components that are not masked."""
         live = self.rank_mask
-        return self.q.detach()[live], self.p.detach()[:, live] * (self.lam[live] * self.scaling)
+        # A product of two narrow numbers needs the wider ones.
+        wide = torch.promote_types(self.p.dtype, torch.float32)
+        p, lam = self.p.detach()[:, live].to(wide), self.lam.detach()[live].to(wide)
+        return self.q.detach()[live], p * (lam * self.scaling)
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,7 @@ class RankAllocator:
             )
         for mask, value in zip(masks, state["masks"], strict=True):
             mask.copy_(value)
+        self._scores = None
         self.steps = int(state["steps"])
         self.live_ranks = live
         self.history = [Allocation(**entry) for entry in state["history"]]

@@ -14,11 +14,16 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 def _grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
     """Return layers, modules and the rank at each pair; a name without a number has layer ""."""
+    found = {name: _LAYER.search(name) for name in ranks}
+    # Two towers, such as an encoder and a decoder, have modules of the same name at a layer.
+    towers = {name[: match.start()] for name, match in found.items() if match}
     cells: dict[tuple[str, str], int] = {}
-    for name, rank in ranks.items():
-        match = _LAYER.search(name)
-        layer, module = (match[1], name[match.end() :]) if match else ("", name)
-        cells[layer, module] = rank
+    for name, match in found.items():
+        layer, tower, module = "", "", name
+        if match:
+            layer, tower, module = match[1], name[: match.start()], name[match.end() :]
+        prefix = f"{tower}." if tower and len(towers) > 1 else ""
+        cells[layer, prefix + module] = ranks[name]
     layers = sorted({layer for layer, _ in cells}, key=lambda text: int(text or -1))
     modules = list(dict.fromkeys(module for _, module in cells))
     return layers, modules, cells

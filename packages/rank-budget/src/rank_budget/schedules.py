@@ -138,5 +138,6 @@ class CubicBudget:
         step -= step % self.interval
         if step <= self.warmup_steps:
             return self.initial
-        left = 1 - (step - self.warmup_steps) / (end - self.warmup_steps)
-        return math.floor(self.final + (self.initial - self.final) * left**3)
+        # Whole numbers, since a rounded cube just below one would lose a component.
+        left, span = end - step, end - self.warmup_steps
+        return self.final + (self.initial - self.final) * left**3 // span**3

@@ -49,6 +49,7 @@ def output_row_order(
         count = next((heads[key] for key in heads if name.endswith(key)), None)
         if count is None or model_type not in _PAIRED_ROTATION:
             return b
-        return b.view(count, -1, 2, b.shape[1]).transpose(1, 2).flatten(0, 2)
+        pairs = b.view(count, len(b) // (2 * count), 2, b.shape[1])
+        return pairs.transpose(1, 2).flatten(0, 2)
 
     return reorder

@@ -59,6 +59,7 @@ def write_results(run: "FineTuning", after: Mapping[str, float]) -> None:
         rename=hf_module_name,
         transform_b=output_row_order(str(settings.checkpointer["model_type"]), hf_config(settings)),
         base_model_name_or_path=_base_name(run),
+        task_type="CAUSAL_LM",
     )
     factors = method.stack.values.numel()
     summary = {

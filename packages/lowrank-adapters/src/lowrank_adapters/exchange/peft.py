@@ -24,6 +24,7 @@ def export_peft(
     rename: Callable[[str], str] = str,
     transform_b: Callable[[str, Tensor], Tensor] = lambda _, b: b,
     base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
 ) -> Path:
     """Write the layers' updates as LoRA of one rank, without approximation; return the folder.
 
@@ -33,11 +34,12 @@ def export_peft(
 
     ``rename``: from this model's module names to those of the exported model. ``transform_b``: may
     reorder the output rows of a module's B (out, rank), where the exported model orders them
-    differently. An earlier export in ``folder`` is replaced as a whole.
+    differently. ``task_type``: such as "CAUSAL_LM", by which PEFT chooses the model's class. An
+    earlier export in ``folder`` is replaced as a whole.
 
     Raises:
-        AdapterError: a factor is not finite, or ``folder`` holds something else; nothing is
-            written.
+        AdapterError: no layer, a factor that is not finite, or a ``folder`` that holds something
+            else; nothing is written.
 
     >>> import torch
     >>> from lowrank_adapters import LoRA, inject_adapters_
@@ -47,6 +49,8 @@ def export_peft(
     >>> sorted(path.name for path in folder.iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
+    if not layers:
+        raise AdapterError("there are no layers to export; inject adapters first.")
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG).is_file():
         raise AdapterError(f"{folder} exists and is no adapter; give a folder of its own.")
@@ -62,15 +66,17 @@ def export_peft(
         padded_b = functional.pad(transform_b(name, b.float()), (0, padding))
         tensors[f"{key}.lora_A.weight"] = padded_a.cpu().contiguous()
         tensors[f"{key}.lora_B.weight"] = padded_b.cpu().contiguous()
-    config = _config([rename(name) for name in layers], rank, base_model_name_or_path)
+    config = _config([rename(name) for name in layers], rank, base_model_name_or_path, task_type)
     _write(folder, tensors, config)
     return folder
 
 
-def _config(modules: list[str], rank: int, base: str | None) -> dict[str, object]:
+def _config(
+    modules: list[str], rank: int, base: str | None, task_type: str | None
+) -> dict[str, object]:
     return {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": task_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank,

@@ -1,0 +1,83 @@
+"""The project's commands, each in an environment of its own; `nox -l` lists them."""
+
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests", "docs", "build"]
+nox.options.error_on_missing_interpreters = True
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
+PACKAGES = ("hyper-core", "lowrank-adapters", "rank-budget", "hyper-tune")
+ALL = [f"packages/{name}" for name in PACKAGES]
+EVERYTHING = [*ALL[:2], f"{ALL[2]}[plot]", f"{ALL[3]}[torchtune]"]
+TEST_TOOLS = ["pytest", "hypothesis", "numpy"]
+
+# What each set of tests needs beside TEST_TOOLS. A package is tested without its siblings, as it
+# is installed elsewhere; PEFT and torchtune are never in one environment.
+SUITES = {
+    "hyper-core": (["packages/hyper-core"], ["packages/hyper-core/tests"]),
+    "lowrank-adapters": (["packages/lowrank-adapters"], ["packages/lowrank-adapters/tests"]),
+    "rank-budget": (["packages/rank-budget[plot]"], ["packages/rank-budget/tests"]),
+    "hyper-tune": (
+        [*ALL[:3], f"{ALL[3]}[torchtune,hf]", "psutil"],
+        ["packages/hyper-tune/tests"],
+    ),
+    "together": ([*EVERYTHING, "build", "hatchling", "PyYAML"], ["tests/together"]),
+    "parity": ([*ALL, "peft", "transformers"], ["tests/parity"]),
+}
+
+
+def install(session: nox.Session, *what: str) -> None:
+    session.install(*CONSTRAINTS, *what)
+
+
+@nox.session
+@nox.parametrize("suite", [nox.param(name, id=name) for name in SUITES])
+def tests(session: nox.Session, suite: str) -> None:
+    """Every package's tests, and those of the packages together: `nox -s tests`."""
+    needs, folders = SUITES[suite]
+    install(session, *TEST_TOOLS, *needs)
+    # More threads only slow down matrices as small as the tests'.
+    session.run("pytest", "-q", *folders, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(reuse_venv=True)
+def quickstart(session: nox.Session) -> None:
+    """Fine-tune a small Llama with HyperAdaLoRA, from nothing to an exported adapter."""
+    install(session, *EVERYTHING)
+    session.run("python", "recipes/quickstart/quickstart.py", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    install(session, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types, strictly."""
+    install(session, "mypy", *EVERYTHING)
+    for name in PACKAGES:
+        module = name.replace("-", "_")
+        session.run("mypy", f"packages/{name}/src/{module}")
+    session.run("mypy", "recipes/quickstart/quickstart.py")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site, strictly, into site/."""
+    install(session, "mkdocs-material", "mkdocstrings[python]", "ruff")
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build every package's wheel and source distribution into dist/."""
+    install(session, "build")
+    for folder in ALL:
+        session.run("python", "-m", "build", "--outdir", "dist", folder)

@@ -1,0 +1,227 @@
+"""Both layers against their twins in values and all gradients; what the base must not notice."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank_adapters import SVD, AdapterError, LoRA, LoRALinear, LowRankLinear, SVDLinear
+
+MASK = torch.tensor([True, False, True, True])
+
+
+def make(kind, *, dtype=torch.float64):
+    """A layer 6 -> 5 of rank 4, its factors off their start, one component masked."""
+    layer = kind(nn.Linear(6, 5, dtype=dtype), rank=4, alpha=3.0, dtype=dtype)
+    with torch.no_grad():
+        for _, factor in layer.factors():
+            factor.normal_()
+    if kind is SVDLinear:
+        layer.rank_mask.copy_(MASK)
+    return layer
+
+
+def test_lora_equals_the_twin_in_values_and_all_gradients(twin):
+    layer = make(LoRALinear)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(2, 3, 5, dtype=torch.float64)
+
+    found = layer(x)
+    base = layer.base
+    rows = [
+        twin.lora_linear(row, base.weight, base.bias, layer.a, layer.b, 3.0 / 4)
+        for row in x.flatten(0, 1)
+    ]
+    expected = torch.stack(rows).view(2, 3, 5)
+
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    wanted = [x, layer.a, layer.b, base.weight, base.bias]
+    torch.testing.assert_close(
+        torch.autograd.grad(found, wanted, cotangent),
+        torch.autograd.grad(expected, wanted, cotangent),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+def test_svd_equals_the_twin_in_values_and_all_gradients(twin):
+    layer = make(SVDLinear)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(2, 3, 5, dtype=torch.float64)
+
+    found = layer(x)
+    base = layer.base
+    rows = [
+        twin.svd_linear(row, base.weight, base.bias, layer.p, layer.lam, layer.q, MASK, 3.0 / 4)
+        for row in x.flatten(0, 1)
+    ]
+    expected = torch.stack(rows).view(2, 3, 5)
+
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    wanted = [x, layer.p, layer.lam, layer.q, base.weight, base.bias]
+    torch.testing.assert_close(
+        torch.autograd.grad(found, wanted, cotangent),
+        torch.autograd.grad(expected, wanted, cotangent),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+def test_masked_components_get_exactly_no_gradient_and_the_others_do():
+    layer = make(SVDLinear)
+    layer(torch.randn(7, 6, dtype=torch.float64)).square().sum().backward()
+    for role, factor in layer.factors():
+        largest = LowRankLinear.as_tokens(role, factor.grad).abs().amax(1)
+        assert torch.equal(largest > 0, MASK), role
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_start_is_exactly_the_base_and_learns(kind, dtype):
+    base = nn.Linear(6, 5, dtype=dtype)
+    layer = kind(base, rank=4, alpha=3.0)
+    x = torch.randn(7, 6, dtype=dtype)
+    y = layer(x)
+    assert torch.equal(y, base(x))
+    y.float().square().sum().backward()
+    learns = {role: bool(factor.grad.abs().max() > 0) for role, factor in layer.factors()}
+    assert learns == {LoRALinear: {"a": False, "b": True}}.get(
+        kind, {"p": False, "lam": True, "q": False}
+    )
+
+
+@pytest.mark.parametrize(("kind", "roles"), [(LoRALinear, "a"), (SVDLinear, "pq")])
+def test_random_factors_start_with_tokens_of_unit_norm(kind, roles):
+    layer = kind(nn.Linear(60, 50), rank=8, alpha=1.0)
+    for role in roles:
+        tokens = layer.tokens(role)
+        torch.testing.assert_close(tokens.norm(dim=1), torch.ones(8))
+        assert torch.linalg.matrix_rank(tokens) == 8
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
+def test_start_does_not_depend_on_surrounding_defaults(kind):
+    base = nn.Linear(6, 5)
+    torch.manual_seed(3)
+    expected = dict(kind(base, rank=4, alpha=1.0).factors())
+    torch.manual_seed(3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = dict(kind(base, rank=4, alpha=1.0).factors())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for role, factor in expected.items():
+        assert found[role].dtype == torch.float32
+        assert torch.equal(found[role], factor), role
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
+def test_narrow_base_is_called_as_it_is_and_gets_no_gradient_when_frozen(kind):
+    base = nn.Linear(6, 5, dtype=torch.bfloat16).requires_grad_(requires_grad=False)
+    weight, before = base.weight, base.weight.clone()
+    layer = kind(base, rank=4, alpha=3.0)
+    seen = []
+    base.register_forward_hook(lambda _, x, y: seen.append((x[0], y.dtype)))
+    with torch.no_grad():
+        for _, factor in layer.factors():
+            factor.normal_()
+    x = torch.randn(7, 6, dtype=torch.bfloat16)
+
+    y = layer(x)
+    y.float().sum().backward()
+
+    assert y.dtype == torch.bfloat16
+    assert seen[0][0] is x
+    assert seen[0][1] == torch.bfloat16
+    assert layer.base.weight is weight
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight, before)
+    assert weight.grad is None
+    assert {factor.grad.dtype for _, factor in layer.factors()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
+def test_base_may_be_any_layer_with_features(kind):
+    class Doubling(nn.Linear):
+        """A layer whose weight is not what a product is taken with."""
+
+        def forward(self, x):
+            return torch.cat([x[..., :4], x[..., :1]], -1) * 2
+
+    layer = make(kind, dtype=torch.float32)
+    layer.base = Doubling(6, 5)
+    x = torch.randn(7, 6)
+    a, b = layer.as_lora()
+    torch.testing.assert_close(layer(x), layer.base(x) + x @ a.T @ b.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_as_lora_of_svd_is_its_update_of_the_live_components(twin, dtype):
+    layer = make(SVDLinear, dtype=dtype)
+    a, b = layer.as_lora()
+    assert (a.shape, b.shape) == ((3, 6), (5, 3))
+    expected = twin.update_matrix(layer.p, layer.lam, layer.q, MASK, 3.0 / 4)
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(b.double() @ a.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_as_lora_of_lora_is_its_update(twin, dtype):
+    layer = make(LoRALinear, dtype=dtype)
+    layer.scaling = 1 / 3  # not a power of two: a narrow B would round
+    a, b = layer.as_lora()
+    expected = twin.update_matrix(
+        layer.b, torch.ones(4), layer.a, torch.ones(4, dtype=torch.bool), 1 / 3
+    )
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(b.double() @ a.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
+def test_as_lora_shares_no_memory_with_the_layer(kind):
+    layer = make(kind)
+    before = [factor.detach().clone() for _, factor in layer.factors()]
+    for matrix in layer.as_lora():
+        matrix.zero_()
+    for (role, factor), expected in zip(layer.factors(), before, strict=True):
+        assert torch.equal(factor, expected), role
+
+
+def test_tokens_are_live_views_with_a_row_per_component():
+    for kind, widths in [(SVDLinear, {"p": 5, "lam": 1, "q": 6}), (LoRALinear, {"a": 6, "b": 5})]:
+        layer = make(kind)
+        assert [role for role, _ in layer.factors()] == list(widths)
+        for role, width in widths.items():
+            tokens = layer.tokens(role)
+            assert tokens.shape == (4, width)
+            tokens[1] = 7
+            factor = layer.get_parameter(role)
+            component = factor[:, 1] if role in "pb" else factor[1]
+            assert torch.equal(component, torch.full_like(component, 7)), role
+            assert torch.equal(LowRankLinear.from_tokens(role, tokens), factor)
+
+
+def test_makers_build_the_layer_that_they_name():
+    base = nn.Linear(6, 5)
+    for maker, kind in [(LoRA(2, 3.0), LoRALinear), (SVD(2, 3.0), SVDLinear)]:
+        layer = maker.build(base, device="meta", dtype=torch.float64)
+        assert type(layer) is kind
+        assert (layer.rank, layer.alpha, layer.scaling) == (2, 3.0, 1.5)
+        assert layer.base is base
+        places = {(f.device.type, f.dtype) for _, f in layer.factors()}
+        assert places == {("meta", torch.float64)}
+        assert "rank=2, alpha=3.0" in repr(layer)
+
+
+@pytest.mark.parametrize("rank", [0, 6])
+@pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
+def test_rank_that_does_not_fit(kind, rank):
+    with pytest.raises(AdapterError) as caught:
+        kind(nn.Linear(6, 5), rank=rank, alpha=1.0)
+    assert str(caught.value) == (
+        f"rank is {rank}, but the matrix is 5 x 6; choose a rank of 1 to 5, or exclude the module."
+    )
+
+
+def test_adapter_error_is_a_value_error():
+    assert issubclass(AdapterError, ValueError)

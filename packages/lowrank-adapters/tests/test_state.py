@@ -1,0 +1,215 @@
+"""Saved adapters: exact sets of keys, and a refusal that changes nothing."""
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lowrank_adapters import (
+    SVD,
+    FactorStack,
+    LoRA,
+    adapter_state_dict,
+    load_adapter_,
+    load_adapter_state_dict_,
+    save_adapter,
+)
+
+FILE = "adapter.safetensors"
+MAKERS = [LoRA(rank=3, alpha=4.5), SVD(rank=3, alpha=4.5)]
+
+
+def copy_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def names_in(folder):
+    return [path.name for path in folder.iterdir()]
+
+
+def assert_same(model, expected):
+    torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
+
+
+def refusal(kit, call, model, *args):
+    """The text of the refusal, having seen that the model was left as it was."""
+    before = copy_of(model)
+    text = kit.error_text(call, model, *args)
+    assert_same(model, before)
+    return text
+
+
+def two_layers(kit, folder):
+    """A model with two adapted layers, and another with the same whose adapter is saved."""
+    models = [
+        kit.adapted(SVD(rank=2, alpha=1.0), blocks=1, targets=["q_proj", "w1"])[0] for _ in "12"
+    ]
+    save_adapter(models[1], folder)
+    return models[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "own"),
+    [(MAKERS[0], {"a", "b"}), (MAKERS[1], {"p", "lam", "q", "rank_mask"})],
+)
+def test_state_has_exactly_the_declared_tensors_and_they_are_live(kit, make, own):
+    model, layers = kit.adapted(make, targets=["q_proj", "mlp.w2"])
+    state = adapter_state_dict(model)
+    assert set(state) == {f"{name}.{key}" for name in layers for key in own}
+    for name, tensor in state.items():
+        assert not tensor.requires_grad
+        assert tensor.data_ptr() == model.state_dict()[name].data_ptr(), name
+
+
+def test_plain_model_has_no_adapter_state(kit):
+    assert adapter_state_dict(kit.Decoder()) == {}
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_saved_adapter_is_loaded_bit_for_bit(kit, tmp_path, make, stacked):
+    model, layers = kit.adapted(make)
+    other, other_layers = kit.adapted(make)
+    if stacked:
+        FactorStack(layers)
+        stack = FactorStack(other_layers)
+    saved = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+    base = {n: t for n, t in copy_of(other).items() if n not in saved}
+
+    path = save_adapter(model, tmp_path / "new" / "folder")
+    load_adapter_(other, tmp_path / "new" / "folder")
+
+    assert path == tmp_path / "new" / "folder" / FILE
+    assert names_in(path.parent) == [FILE]
+    assert_same(other, base | saved)
+    torch.testing.assert_close(load_file(path), saved, rtol=0, atol=0)
+    if stacked:
+        stack.check_bound()
+        for group in stack.groups:
+            for index, name in enumerate(group.names):
+                key = f"{name}.{group.role}"
+                tokens = other_layers[name].as_tokens(group.role, saved[key])
+                assert torch.equal(group.values[index], tokens), key
+
+
+def test_saving_again_replaces_the_file(kit, tmp_path):
+    model, layers = kit.adapted()
+    save_adapter(model, tmp_path)
+    with torch.no_grad():
+        layers["layers.0.q_proj"].lam.fill_(5)
+    path = save_adapter(model, tmp_path)
+    assert (load_file(path)["layers.0.q_proj.lam"] == 5).all()
+    assert names_in(tmp_path) == [FILE]
+
+
+def test_failure_to_save_keeps_the_file_that_was_there(kit, tmp_path, monkeypatch):
+    model, _ = kit.adapted()
+    before = save_adapter(model, tmp_path).read_bytes()
+
+    def fail(_, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lowrank_adapters.state.save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(model, tmp_path)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("drop", "add", "text"),
+    [
+        (["layers.0.mlp.w1.lam"], [], "missing ['layers.0.mlp.w1.lam'], unexpected none"),
+        ([], ["z", "layers.0.q_proj.a"], "missing none, unexpected ['layers.0.q_proj.a', 'z']"),
+        (
+            ["layers.0.q_proj.p", "layers.0.mlp.w1.rank_mask"],
+            ["b"],
+            "missing ['layers.0.mlp.w1.rank_mask', 'layers.0.q_proj.p'], unexpected ['b']",
+        ),
+    ],
+)
+def test_other_keys(kit, tmp_path, drop, add, text):
+    model = two_layers(kit, tmp_path)
+    state = load_file(tmp_path / FILE)
+    for name in drop:
+        del state[name]
+    state |= {name: torch.zeros(1) for name in add}
+    assert refusal(kit, load_adapter_state_dict_, model, state) == (
+        f"the saved adapter does not fit: {text}; inject the same method into the same modules "
+        "first."
+    )
+
+
+def test_other_shape(kit, tmp_path):
+    model = two_layers(kit, tmp_path)
+    state = load_file(tmp_path / FILE)
+    # The last key in the order of copying: those before it must not have been copied.
+    state["layers.0.mlp.w1.q"] = torch.zeros(3, 5)
+    assert refusal(kit, load_adapter_state_dict_, model, state) == (
+        "layers.0.mlp.w1.q is (3, 5) in the saved adapter, but (2, 5) here; load it into the model "
+        "and rank it was trained with."
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_value_that_is_not_finite(kit, tmp_path, value):
+    model = two_layers(kit, tmp_path)
+    state = load_file(tmp_path / FILE)
+    state["layers.0.mlp.w1.q"][1, 3] = value
+    assert refusal(kit, load_adapter_state_dict_, model, state) == (
+        "layers.0.mlp.w1.q is not finite in the saved adapter; take an earlier one."
+    )
+
+
+def test_file_that_is_missing_even_if_a_pickle_is_there(kit, tmp_path):
+    model = two_layers(kit, tmp_path / "saved")
+    torch.save(adapter_state_dict(model), tmp_path / "adapter.pt")
+    assert refusal(kit, load_adapter_, model, tmp_path) == (
+        f"{tmp_path / FILE} does not exist; only {FILE} is read, never a pickle."
+    )
+
+
+@pytest.mark.parametrize("part", [0, 4, 8, 0.5, -1])
+def test_file_that_is_cut_short(kit, tmp_path, part):
+    model = two_layers(kit, tmp_path)
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole[: int(len(whole) * part) if part == 0.5 else part])
+    text = refusal(kit, load_adapter_, model, tmp_path)
+    assert text.startswith(f"{tmp_path / FILE} is not a whole safetensors file: ")
+
+
+class Opened:
+    """A pickle that leaves a trace when it is opened."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (open, (self.trace, "w"))
+
+
+def test_pickle_under_the_name_of_the_file_is_not_opened(kit, tmp_path):
+    model = two_layers(kit, tmp_path)
+    trace = tmp_path / "trace"
+    poison = pickle.dumps(Opened(str(trace)))
+    (tmp_path / FILE).write_bytes(poison)
+    text = refusal(kit, load_adapter_, model, tmp_path)
+    assert "is not a whole safetensors file" in text
+    assert not trace.exists()
+    pickle.loads(poison).close()  # the trace is left where a pickle is opened
+    assert trace.exists()
+
+
+def test_loaded_numbers_take_the_dtype_of_the_model(kit, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3))
+    layers = {"0": SVD(2, 1.0).build(model[0], device="cpu", dtype=torch.bfloat16)}
+    model[0] = layers["0"]
+    state = {name: torch.rand(t.shape) for name, t in adapter_state_dict(model).items()}
+    state["0.rank_mask"] = torch.tensor([True, False])
+    save_file(state, tmp_path / FILE)
+    load_adapter_(model, tmp_path)
+    for name, tensor in adapter_state_dict(model).items():
+        expected = state[name] if name == "0.rank_mask" else state[name].bfloat16()
+        assert torch.equal(tensor, expected), name
