@@ -8,9 +8,12 @@ Makes a base model (kept for the next time), writes questions that it cannot ans
 
 import argparse
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +65,16 @@ def fine_tune(base: Path, data: Path, run: Path) -> None:
 
 
 def report(run: Path) -> None:
-    """Print the table, draw the figures, say where things are and what to type next."""
+    """Print the tables, draw the figures, say where things are and what to type next."""
     summary = json.loads((run / "summary.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    print(f"\n{table(summary)}\n")
-    print(rank_table(summary["ranks"], summary["initial_rank"]))
+    ranks = rank_table(summary["ranks"], summary["initial_rank"])
+    text = f"{table(summary)}\n\n{ranks}\n"
+    (run / "report.txt").write_text(text)
+    print(f"\n{text}")
     loss_figure(rows).savefig(run / "loss.png", dpi=120)
     rank_heatmap(summary["ranks"], summary["initial_rank"]).savefig(run / "ranks.png", dpi=120)
-    print(f"\nLoss: {run / 'loss.png'}   ranks: {run / 'ranks.png'}")
+    print(f"Loss: {run / 'loss.png'}   ranks: {run / 'ranks.png'}")
     print(f"Plain LoRA in PEFT's layout: {summary['adapter']}")
     print("\nOn a real 8B model, with a GPU:")
     print('  pip install "hyper-tune[torchtune]"')
@@ -87,7 +92,7 @@ def table(summary: dict[str, Any]) -> str:
         ("", "before", "after"),
         ("held-out loss", f"{before['loss']:.3f}", f"{after['loss']:.3f}"),
         ("held-out exact match", f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}"),
-        ("live ranks", str(summary["total_ranks"]), str(summary["live_ranks"])),
+        ("ranks", str(summary["total_ranks"]), str(summary["live_ranks"])),
     ]
     figures = [
         ("base parameters, frozen", f"{summary['base_parameters']:,}"),
@@ -96,6 +101,8 @@ def table(summary: dict[str, Any]) -> str:
         ("steps", f"{summary['steps']}"),
         ("time per step", f"{1000 * summary['seconds_per_step']:.0f} ms"),
         ("peak memory", f"{summary['peak_memory_mib']:.0f} MiB"),
+        ("machine", f"{os.cpu_count()} CPU cores, {platform.machine()}"),
+        ("torch", version("torch")),
     ]
     text = [f"{name:<26}{first:>12}{second:>12}" for name, first, second in lines]
     return "\n".join(text + [f"{name:<26}{value:>24}" for name, value in figures])
@@ -109,7 +116,9 @@ def loss_figure(rows: list[dict[str, Any]]) -> Figure:
     losses.plot(steps, [row["loss"] for row in rows], label="training", linewidth=1)
     held_out = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
     losses.plot(*zip(*held_out, strict=True), "o-", label="held out")
-    losses.set(ylabel="loss per token", title="HyperAdaLoRA on questions about people")
+    losses.set(
+        ylabel="loss per token", yscale="log", title="HyperAdaLoRA on questions about people"
+    )
     losses.legend()
     ranks.step(steps, [row["live_ranks"] for row in rows], where="post", color="tab:green")
     ranks.set(xlabel="step", ylabel="live ranks", ylim=(0, None))

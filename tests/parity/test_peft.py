@@ -10,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hyper_tune.assembly import assemble
 from hyper_tune.method import MethodConfig
 
+# Of transformers' names that PEFT still uses.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 METHODS = ("lora", "adalora", "hyperlora", "hyperadalora")
 
 

@@ -100,6 +100,12 @@ def test_a_missing_tokenizer_is_named(fails: Failing, tmp_path: Path) -> None:
         ("device=cuda", "device is 'cuda', but this machine has no usable GPU; set device=cpu."),
         ("dataset.path=none.jsonl", "none.jsonl"),
         ("resume_from_checkpoint", "'resume_from_checkpoint' is not understood; overrides are "),
+        ("output_dir=runs/lr=1", "'output_dir=runs/lr=1' is not understood; overrides are "),
+        ("~dataset.pth", "'~dataset.pth' is not understood; overrides are "),
+        ("~checkpointer.checkpoint_dir", "checkpointer.checkpoint_dir is missing; "),
+        ("exact_match.path=null", "exact_match.path is missing; "),
+        ("exact_match.file=x", "exact_match has no key 'file'; "),
+        ("model.vocab_size=200", "records.jsonl:1: the tokenizer makes token 2"),
         ("method.hypernetwork.preset=big", "method.hypernetwork.preset is 'big', but must be one"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hyper_tune.errors import UserError
-from hyper_tune.torchtune.components import build
+from hyper_tune.torchtune.components import build, build_tokenizer
 from hyper_tune.torchtune.data import FileDataset, collate
 
 GSM8K = Path(__file__).parent / "data" / "gsm8k.jsonl"
@@ -45,6 +45,31 @@ def test_only_the_answer_and_its_end_carry_loss(
     assert any(token in tokenizer.stop_tokens for token in learned)
     assert QUESTION in tokenizer.decode(list(sample["tokens"]), skip_special_tokens=False)
     assert [t for t, label in zip(sample["tokens"], sample["labels"], strict=True) if label == t]
+
+
+def test_with_train_on_input_the_question_carries_loss_too(
+    tmp_path: Path, llama: dict[str, Any]
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(FORMATS["pairs.jsonl"])
+    tokenizer = build("tokenizer", llama["tokenizer"])
+    sample = FileDataset(tokenizer, str(path), train_on_input=True)[0]
+    learned = [label for label in sample["labels"] if label != -100]
+    assert QUESTION in tokenizer.decode(learned, skip_special_tokens=False)
+
+
+def test_a_tokenizer_is_read_from_its_file_each_time(
+    tmp_path: Path, llama: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    source = Path(llama["tokenizer"]["path"]).read_text().splitlines()
+    path = tmp_path / "tokenizer.model"
+    component = {**llama["tokenizer"], "path": str(path)}
+    path.write_text("\n".join(source) + "\n")
+    assert build_tokenizer(component).encode("a", add_bos=False, add_eos=False) == [97]
+    other = [*source[:97], "Yg== 97", "YQ== 98", *source[99:]]  # "a" and "b" exchanged
+    path.write_text("\n".join(other) + "\n")
+    assert build_tokenizer(component).encode("a", add_bos=False, add_eos=False) == [98]
 
 
 def test_padding_and_shift() -> None:

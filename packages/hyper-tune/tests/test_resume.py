@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 STEPS = 48
@@ -74,6 +75,8 @@ def test_a_killed_run_resumes_bit_for_bit(
     last = Path("checkpoints") / f"step-{STEPS:08d}"
     for name in ("state.safetensors", "state.json"):
         assert (killed / last / name).read_bytes() == (whole / last / name).read_bytes()
+    again = OmegaConf.load(killed / "config.yaml")
+    assert (again.max_steps, again.resume_from_checkpoint) == (STEPS, True)
     adapter = Path("adapter/adapter_model.safetensors")
     assert (killed / adapter).read_bytes() == (whole / adapter).read_bytes()
 

@@ -78,9 +78,12 @@ def _resolve_config_argument(arguments: list[str]) -> None:
         raise UserError(f"{path} must hold keys and values, such as `seed: 0`.")
     arguments[position] = str(path)
     for word in arguments[1 : position - 1] + arguments[position + 1 :]:
-        if word.count("=") != 1:
+        if word.startswith("~") and OmegaConf.select(loaded, word[1:]) is not None:
+            continue
+        if word.count("=") != 1 or word.startswith("~"):
             raise UserError(
-                f"{word!r} is not understood; overrides are written key=value, with one '='."
+                f"{word!r} is not understood; overrides are written key=value, with one '=', or "
+                "~key to remove a key that is there."
             )
 
 

@@ -30,21 +30,30 @@ class Samples(Protocol):
 class FileDataset(Dataset[Sample]):
     """A local JSON or JSONL file of conversations, tokenised when it is opened.
 
-    Only the assistant's turns carry loss; the labels of all other tokens are -100. See
-    `hyper_tune.records.read_records` for the formats.
+    Only the assistant's turns carry loss, unless ``train_on_input``; the labels of all other
+    tokens are -100. See `hyper_tune.records.read_records` for the formats.
 
     Raises:
         UserError: a file, line or sample that cannot be trained on.
     """
 
-    def __init__(self, tokenizer: Any, path: str, format: str = "auto") -> None:  # noqa: A002
+    def __init__(
+        self,
+        tokenizer: Any,
+        path: str,
+        format: str = "auto",  # noqa: A002
+        *,
+        train_on_input: bool = False,
+    ) -> None:
         self._path = Path(path)
+        self._train_on_input = train_on_input
         self.conversations = read_records(self._path, format)
         progress = tqdm(self.conversations, f"tokenising {self._path.name}", delay=5, leave=False)
         self._samples = [self._tokenise(tokenizer, conversation) for conversation in progress]
 
     def _tokenise(self, tokenizer: Any, conversation: Conversation) -> Sample:
-        tokenised = tokenizer({"messages": messages(conversation)}, inference=False)
+        turns = messages(conversation, train_on_input=self._train_on_input)
+        tokenised = tokenizer({"messages": turns}, inference=False)
         tokens, mask = tokenised["tokens"], tokenised["mask"]
         labels = [
             IGNORE_INDEX if hidden else token for token, hidden in zip(tokens, mask, strict=True)
@@ -90,15 +99,25 @@ class FileDataset(Dataset[Sample]):
                 )
 
 
-def file_dataset(tokenizer: Any, *, path: str, format: str = "auto") -> FileDataset:  # noqa: A002
+def file_dataset(
+    tokenizer: Any,
+    *,
+    path: str,
+    format: str = "auto",  # noqa: A002
+    train_on_input: bool = False,
+) -> FileDataset:
     """Open a local file of records; the ``_component_`` of a configuration's data set."""
-    return FileDataset(tokenizer, path, format)
+    return FileDataset(tokenizer, path, format, train_on_input=train_on_input)
 
 
-def messages(conversation: Conversation) -> list[Message]:
-    """Turn a conversation into torchtune's messages; only the assistant's carry loss."""
+def messages(conversation: Conversation, *, train_on_input: bool = False) -> list[Message]:
+    """Turn a conversation into torchtune's messages; the assistant's carry loss, or all."""
     return [
-        Message(role=turn.role, content=turn.content, masked=turn.role != "assistant")
+        Message(
+            role=turn.role,
+            content=turn.content,
+            masked=turn.role != "assistant" and not train_on_input,
+        )
         for turn in conversation.turns
     ]
 

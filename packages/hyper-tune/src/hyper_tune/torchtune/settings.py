@@ -93,7 +93,7 @@ class RecipeSettings:
             )
         if self.exact_match is not None:
             known_fields("exact_match", self.exact_match, {"path", "format", "max_new_tokens"})
-            if "path" not in self.exact_match:
+            if not self.exact_match.get("path"):
                 raise UserError("exact_match.path is missing; give a file of questions, or null.")
 
     @staticmethod
