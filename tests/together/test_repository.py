@@ -118,3 +118,8 @@ def test_every_choice_in_a_config_that_is_not_the_papers_says_why(path):
         assert "paper" in line, line
         if path.stem == "llama3_1_8b":
             assert float(found) == value, line
+
+
+def test_the_readme_shows_the_report_that_came_out():
+    report = (ROOT / "docs/assets/quickstart/report.txt").read_text()
+    assert f"<!-- quickstart -->\n```\n{report}```\n" in (ROOT / "README.md").read_text()
