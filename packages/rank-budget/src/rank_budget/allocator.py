@@ -201,7 +201,7 @@ def prune_lowest(scores: Tensor, alive: Tensor, count: int) -> Tensor:
     >>> prune_lowest(scores, torch.tensor([True, True, True, False]), 1)
     tensor([ True, False,  True, False])
     """
-    worth = scores.nan_to_num(nan=math.inf, posinf=math.inf)
+    worth = scores.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     # Live components come first in the order, whatever their score; the sorts keep ties in place.
     by_score = worth.argsort(stable=True)
     order = by_score[alive[by_score].logical_not().to(torch.uint8).argsort(stable=True)]

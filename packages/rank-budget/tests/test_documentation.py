@@ -1,0 +1,51 @@
+"""Every example runs: those of the docstrings and that of the README."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+import rank_budget
+
+README = Path(__file__).parents[1] / "README.md"
+MODULES = ["rank_budget"] + [
+    module.name for module in pkgutil.walk_packages(rank_budget.__path__, "rank_budget.")
+]
+WITHOUT_EXAMPLE = {"SCORES", "Allocation", "BudgetError", "RankedMatrices", "Schedule"}
+REFUSING = ["CubicBudget", "FixedPruning", "RankAllocator", "rank_heatmap"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(rank_budget.__all__) - WITHOUT_EXAMPLE))
+def test_public_objects_have_an_example_and_those_that_refuse_say_so(name):
+    text = getattr(rank_budget, name).__doc__
+    assert ">>> " in text
+    assert ("Raises:" in text) == (name in REFUSING)
+
+
+def test_all_is_what_the_readme_lists():
+    table = README.read_text().split("## What there is")[1].split("| rule |")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(names) == sorted(rank_budget.__all__)
+
+
+def test_readme_example_finds_the_ranks_in_seconds(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    names: dict[str, object] = {}
+    started = time.perf_counter()
+    exec(compile(code, str(README), "exec"), names)
+    assert time.perf_counter() - started < 10
+    assert names["ranks"] == {"layers.0.weight": 1, "layers.1.weight": 3}
+    losses = names["losses"]
+    assert losses[0] > 1
+    assert losses[-1] < 1e-3
+    assert capsys.readouterr().out.startswith("layer  weight\n0           1\n1           3\n4 of 8")
