@@ -52,11 +52,11 @@ def test_peft_names_are_understood() -> None:
         ({"orthogonality": -1}, "method.orthogonality is -1, but must not be negative; "),
         ({"alpha": 0}, "method.alpha is 0, but must be positive; "),
         ({"init_rank": "six"}, "method: a value has the wrong type "),
-        ({"name": "lora", "budget": 2}, "method.budget is set, but method.name 'lora' has none; "),
+        ({"name": "lora", "budget": 2}, "method.name 'lora' has no method.budget; leave "),
         (
             {"name": "adalora", "hypernetwork": {}},
-            "method.hypernetwork is set, but method.name 'adalora' has none; remove it or choose "
-            "hyperlora or hyperadalora.",
+            "method.name 'adalora' has no method.hypernetwork; leave them out (on the command line "
+            "of a recipe: ~method.hypernetwork), or choose a method that has them.",
         ),
     ],
 )

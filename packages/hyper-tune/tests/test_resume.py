@@ -121,6 +121,11 @@ def test_a_checkpoint_of_another_run_is_refused(
 ) -> None:
     config = make_config()
     run(config)
-    message = "the checkpoint is of another run: seed was 0 and is now 1 "
+    message = (
+        "the checkpoint is of another run: method.init_rank was 4 and is now 3, "
+        "method.alpha was 4.0 and is now 3.0, seed was 0 and is now 1, "
+        r"total_steps \(from epochs, max_steps, the samples and the batch\) was 12 and is now 11; restore the settings"
+    )
+    changed = ["seed=1", "method.init_rank=3", "max_steps=11"]
     with pytest.raises(ValueError, match=message):
-        run(config, "resume_from_checkpoint=True", "seed=1")
+        run(config, "resume_from_checkpoint=True", *changed)

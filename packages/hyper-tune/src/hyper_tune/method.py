@@ -185,19 +185,21 @@ class MethodConfig:
         return METHODS[self.name]
 
     def _refuse_contradictions(self) -> None:
-        generated = "hyperlora or hyperadalora"
-        ranked = "adalora or hyperadalora"
-        for field, allowed, methods in (
-            ("hypernetwork", self.method.generated, generated),
-            ("pruning", self.method.prunes, ranked),
-            ("budget", self.method.prunes, ranked),
-            ("orthogonality", self.method.layer == "svd", ranked),
-        ):
-            if getattr(self, field) is not None and not allowed:
-                raise UserError(
-                    f"method.{field} is set, but method.name {self.name!r} has none; "
-                    f"remove it or choose {methods}."
-                )
+        method = self.method
+        has = {
+            "hypernetwork": method.generated,
+            "pruning": method.prunes,
+            "budget": method.prunes,
+            "orthogonality": method.layer == "svd",
+        }
+        odd = [name for name in has if not has[name] and getattr(self, name) is not None]
+        if odd:
+            named = ", ".join(f"method.{name}" for name in odd)
+            removed = " ".join(f"~method.{name}" for name in odd)
+            raise UserError(
+                f"method.name {self.name!r} has no {named}; leave them out (on the command line of "
+                f"a recipe: {removed}), or choose a method that has them."
+            )
 
     def _fill_defaults(self) -> None:
         method = self.method

@@ -61,7 +61,8 @@ class FileDataset(Dataset[Sample]):
         if all(label == IGNORE_INDEX for label in labels[1:]):
             raise UserError(
                 f"{self.where(conversation)}: none of the {len(tokens)} tokens is the assistant's, "
-                "so there is nothing to learn; raise tokenizer.max_seq_len or remove the record."
+                "so there is nothing to learn; raise tokenizer.max_seq_len (and model.max_seq_len, "
+                "if the model can read more), or leave the record out."
             )
         return {"tokens": tokens, "labels": labels}
 
@@ -84,19 +85,30 @@ class FileDataset(Dataset[Sample]):
             UserError: names the first conversation with more tokens, or one that is unknown.
         """
         for conversation, sample in zip(self.conversations, self._samples, strict=True):
-            tokens = sample["tokens"]
-            if len(tokens) > limit:
-                raise UserError(
-                    f"{self.where(conversation)}: {len(tokens)} tokens, but the model reads at "
-                    f"most {limit}; set tokenizer.max_seq_len to {limit} to cut long records, or "
-                    "shorten this one."
-                )
-            if max(tokens) >= vocabulary:
-                raise UserError(
-                    f"{self.where(conversation)}: the tokenizer makes token {max(tokens)}, but the "
-                    f"model knows 0 to {vocabulary - 1}; give the tokenizer that came with the "
-                    "model, and the vocab_size of its config.json."
-                )
+            refuse_unknown_token(self.where(conversation), sample["tokens"], vocabulary)
+        lengths = [len(sample["tokens"]) for sample in self._samples]
+        long = [position for position, length in enumerate(lengths) if length > limit]
+        if long:
+            raise UserError(
+                f"{self.where(self.conversations[long[0]])}: {lengths[long[0]]} tokens, but the "
+                f"model reads at most {limit} ({len(long)} of {len(self)} records are longer); set "
+                f"tokenizer.max_seq_len to {limit} to cut them, raise model.max_seq_len if the "
+                "model can read more, or leave them out."
+            )
+
+
+def refuse_unknown_token(where: str, tokens: Sequence[int], vocabulary: int) -> None:
+    """Refuse a token that a model of this vocabulary does not know.
+
+    Raises:
+        UserError: names ``where`` and the token.
+    """
+    if max(tokens) >= vocabulary:
+        raise UserError(
+            f"{where}: the tokenizer makes token {max(tokens)}, but the model knows 0 to "
+            f"{vocabulary - 1}; give the tokenizer that came with the model, and the vocab_size of "
+            "its config.json."
+        )
 
 
 def file_dataset(

@@ -1,8 +1,7 @@
 """One fine-tuning run, from its settings to the exported adapter."""
 
-import json
 import time
-from dataclasses import asdict
+import warnings
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +18,8 @@ from hyper_tune.step import StepReport
 from hyper_tune.torchtune.base_model import build_on_meta, check_files, load_, prepare_
 from hyper_tune.torchtune.components import build, build_tokenizer
 from hyper_tune.torchtune.data import FileDataset, Samples, collate
-from hyper_tune.torchtune.evaluate import exact_match, held_out_loss, peak_memory_mib
+from hyper_tune.torchtune.evaluate import Questions, held_out_loss, peak_memory_mib
+from hyper_tune.torchtune.identity import refuse_other_run, run_identity
 from hyper_tune.torchtune.loss import IGNORE_INDEX, cross_entropy_sum
 from hyper_tune.torchtune.results import progress_text, say, step_row, write_results
 from hyper_tune.torchtune.settings import RecipeSettings
@@ -73,6 +73,7 @@ class FineTuning:
             self.optimizer,
             num_training_steps=self.total_steps,
         )
+        _warn_of_long_warmup(settings, self.total_steps)
         self._open_run_folder()
         prepare_(model, settings, self.method.stack.leaf_parameters())
         load_(model, settings, self.method.layers, self.device)
@@ -97,16 +98,17 @@ class FineTuning:
         self.held_out: Samples | None = None
         if settings.dataset_val is not None:
             self.held_out = build("dataset_val", settings.dataset_val, self.tokenizer)
-        self.questions: FileDataset | None = None
+        self.questions: Questions | None = None
         if settings.exact_match is not None:
-            options = settings.exact_match
-            self.max_new_tokens = int(options.get("max_new_tokens", 32))
-            self.questions = FileDataset(
-                self.tokenizer, options["path"], options.get("format", "auto")
-            )
+            self.questions = Questions(self.tokenizer, **settings.exact_match)
         for data in (self.data, self.held_out, self.questions):
-            if isinstance(data, FileDataset):
+            if isinstance(data, FileDataset | Questions):
                 data.refuse_unfit(longest, vocabulary)
+        if settings.validate_every_n_steps is not None and self.held_out is None:
+            warnings.warn(
+                "validate_every_n_steps is set, but dataset_val is null; nothing is validated.",
+                stacklevel=1,
+            )
 
     def _open_run_folder(self) -> None:
         settings = self.settings
@@ -121,7 +123,7 @@ class FineTuning:
         step, state, reports = read_newest(self.folder.checkpoints)
         for line in reports:
             say(line)
-        _refuse_other_run(state["run"], self._identity())
+        refuse_other_run(state["run"], self._identity())
         self.method.load_state_dict(state["method"], self.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         self.before = state["before"]
@@ -129,24 +131,7 @@ class FineTuning:
         say(f"resuming {self.folder.path} from step {step} of {self.total_steps}")
 
     def _identity(self) -> dict[str, Any]:
-        """Return what must be equal for a resumed run to go on as if it had not stopped."""
-        settings = self.settings
-        return {
-            "method": asdict(settings.method),
-            "model": dict(settings.model),
-            "dataset": dict(settings.dataset),
-            "samples": len(self.data),
-            "seed": settings.seed,
-            "shuffle": settings.shuffle,
-            "batch_size": settings.batch_size,
-            "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-            "processes": parallel.world_size(),
-            "total_steps": self.total_steps,
-            "optimizer": dict(settings.optimizer),
-            "lr_scheduler": dict(settings.lr_scheduler),
-            "clip_grad_norm": settings.clip_grad_norm,
-            "dtype": settings.dtype,
-        }
+        return run_identity(self.settings, len(self.data), self.total_steps)
 
     def train(self) -> None:
         """Run to the last step, evaluate before and after, write adapter and summary."""
@@ -219,11 +204,14 @@ class FineTuning:
         self._skipped += 1
         say(f"step {self.step}: loss or gradient is not finite; the step was skipped")
         if self._skipped >= self.settings.max_skipped_steps:
+            saved = has_checkpoints(self.folder.checkpoints)
+            kept = f"the checkpoints in {self.folder.checkpoints} are" if saved else "no checkpoint"
+            clipped = self.settings.clip_grad_norm is not None
             raise UserError(
                 f"steps {self.step - self._skipped + 1} to {self.step} had no finite loss or "
-                f"gradient (max_skipped_steps is {self._skipped}); the last good checkpoint in "
-                f"{self.folder.checkpoints} is untouched. Lower optimizer.lr, or set "
-                "clip_grad_norm."
+                f"gradient (max_skipped_steps is {self._skipped}); {kept} "
+                f"{'untouched' if saved else 'was saved before'}. Lower optimizer.lr"
+                f"{'' if clipped else ', or set clip_grad_norm'}."
             )
 
     def _save(self) -> None:
@@ -246,13 +234,8 @@ class FineTuning:
         if self.held_out is not None:
             figures["loss"] = self._held_out_loss(self.held_out)
         if self.questions is not None:
-            figures["exact_match"] = exact_match(
-                self.model,
-                self.tokenizer,
-                self.questions,
-                max_new_tokens=self.max_new_tokens,
-                batch_size=self.settings.batch_size,
-                device=self.device,
+            figures["exact_match"] = self.questions.exact_match(
+                self.model, batch_size=self.settings.batch_size, device=self.device
             )
         return figures
 
@@ -280,14 +263,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _refuse_other_run(saved: dict[str, Any], here: dict[str, Any]) -> None:
-    # A checkpoint turns tuples into lists.
-    here = json.loads(json.dumps(here))
-    different = [key for key in here if saved.get(key) != here[key]]
-    if different:
-        key = different[0]
-        raise UserError(
-            f"the checkpoint is of another run: {key} was {saved.get(key)!r} and is now "
-            f"{here[key]!r} (differing: {', '.join(different)}); restore the settings, or start "
-            "afresh in another output_dir."
+def _warn_of_long_warmup(settings: RecipeSettings, total_steps: int) -> None:
+    warmup = settings.lr_scheduler.get("num_warmup_steps")
+    if isinstance(warmup, int) and warmup >= total_steps:
+        warnings.warn(
+            f"lr_scheduler.num_warmup_steps is {warmup}, but the run has {total_steps} steps, so "
+            "that the learning rate never reaches optimizer.lr; lower it.",
+            stacklevel=1,
         )

@@ -13,6 +13,15 @@ from hyper_tune.method import MethodConfig, known_fields, require, require_choic
 
 Component = Mapping[str, Any]
 
+COMPONENTS = (
+    "model",
+    "tokenizer",
+    "checkpointer",
+    "dataset",
+    "dataset_val",
+    "optimizer",
+    "lr_scheduler",
+)
 DTYPES = ("fp32", "bf16")
 MODEL_TYPES = ("LLAMA3", "LLAMA3_2", "QWEN2")
 
@@ -95,6 +104,8 @@ class RecipeSettings:
             known_fields("exact_match", self.exact_match, {"path", "format", "max_new_tokens"})
             if not self.exact_match.get("path"):
                 raise UserError("exact_match.path is missing; give a file of questions, or null.")
+            longest = self.exact_match.get("max_new_tokens", 1)
+            self._require_whole("exact_match.max_new_tokens", longest, remedy)
 
     @staticmethod
     def _require_whole(name: str, value: Any, remedy: str) -> None:
@@ -115,10 +126,8 @@ class RecipeSettings:
         for key in required:
             if values.get(key) is None:
                 raise UserError(f"configuration: the key {key!r} is missing; add it to the file.")
-        components = ("model", "tokenizer", "dataset", "optimizer", "lr_scheduler", "checkpointer")
-        for key in components:
-            if not isinstance(values[key], dict) or "_component_" not in values[key]:
-                raise UserError(f"configuration: {key} must be a section with a _component_ key.")
+        for key in COMPONENTS:
+            _check_component(key, values.get(key))
         if not isinstance(values["method"], dict):
             raise UserError("configuration: method must be a section of keys, such as name.")
         values["method"] = MethodConfig.from_mapping(values["method"])
@@ -127,3 +136,14 @@ class RecipeSettings:
             return cls(**values)
         except TypeError as error:
             raise UserError(f"configuration: a value has the wrong type ({error}).") from error
+
+
+def _check_component(key: str, section: Any) -> None:
+    """Refuse a section that names no component; one that may be null may be."""
+    if section is None:
+        return
+    if not isinstance(section, dict) or not isinstance(section.get("_component_"), str):
+        raise UserError(
+            f"configuration: {key} names no component; write {key}._component_=NAME, or give a "
+            "section with that key."
+        )
