@@ -1,7 +1,9 @@
 """What a person sees who gets something wrong: one message, status 2, no traceback."""
 
+import errno
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,16 +89,33 @@ def test_a_missing_tokenizer_is_named(fails: Failing, tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("method.name=hyperadalor", "method.name is 'hyperadalor', but must be one of lora, "),
-        ("method.init_rank=0", "method.init_rank is 0, but must be at least 1; "),
-        ("method.budget=5", "method.budget is 5, but must be above 0 and at most "),
+        ("method.init_rank=0", "method.init_rank is 0, but must be a whole number at least 1; "),
+        ("method.budget=5", "method.budget is 5, but must be at most method.init_rank = 4; "),
         ("method.bugdet=1", "method has no key 'bugdet'; did you mean 'budget'?"),
         ("batchsize=1", "configuration has no key 'batchsize'; did you mean 'batch_size'?"),
-        ("batch_size=0", "batch_size is 0, but must be a whole number of at least 1; "),
-        ("batch_size=two", "batch_size is 'two', but must be a whole number of at least 1; "),
+        ("batch_size=0", "batch_size is 0, but must be a whole number at least 1; "),
+        ("batch_size=two", "batch_size is 'two', but must be a whole number at least 1; "),
         ("optimizer=adam", "optimizer: adam cannot be built"),
         ("method=lora", "configuration: method must be a section of keys, such as name."),
         ("optimizer._component_=torch.optim.Adamm", "optimizer: torch.optim.Adamm cannot be built"),
-        ("device=tpu", "device is 'tpu'; expected cpu or cuda."),
+        ("device=mps", "device is 'mps', but must be one of cpu, cuda; "),
+        ("seed=abc", "seed is 'abc', but must be a whole number; correct it."),
+        ("seed=null", "seed is None, but must be a whole number; correct it."),
+        ("output_dir=5", "output_dir is 5, but must be text; put quotes around it if it looks"),
+        ("checkpointer.checkpoint_dir=null", "checkpointer.checkpoint_dir is None, but must be te"),
+        (
+            "checkpointer._component_=torchtune.training.FullModelMetaCheckpointer",
+            "but reads other files than .safetensors; use torchtune.training.FullModelHFCheckpo",
+        ),
+        ("checkpointer.recipe_checkpoint=x.pt", "checkpointer.recipe_checkpoint is not read; rem"),
+        ("method.pruning.interval=abc", "method.pruning.interval is 'abc', but must be a whole nu"),
+        ("method.pruning.interval=1.5", "method.pruning.interval is 1.5, but must be a whole numb"),
+        ("method.pruning.finish_by=x", "method.pruning.finish_by is 'x', but must be a number ab"),
+        ("method.target_modules=5", "method.target_modules is 5, but must be names or patterns "),
+        ("method.init_rank=3.5", "method.init_rank is 3.5, but must be a whole number at least"),
+        ("method.init_rank=true", "method.init_rank is True, but must be a whole number at least"),
+        ("method.exclude=q_pro", "'q_pro' matches no linear layer; did you mean"),
+        ("model.num_heads=5", "model: torchtune.models.llama3.llama3 cannot be built: "),
         ("device=cuda", "device is 'cuda', but this machine has no usable GPU; set device=cpu."),
         ("dataset.path=none.jsonl", "none.jsonl"),
         ("resume_from_checkpoint", "'resume_from_checkpoint' is not understood; overrides are "),
@@ -123,7 +142,7 @@ def test_options_that_contradict_the_method_are_refused(fails: Failing) -> None:
     message = fails(method={"name": "lora", "pruning": {"interval": 10}, "budget": 2})
     assert message == (
         "method.name 'lora' has no method.pruning, method.budget; leave them out (on the command "
-        "line of a recipe: ~method.pruning ~method.budget), or choose a method that has them."
+        "line of a recipe: '~method.pruning' '~method.budget'), or choose a method that has them."
     )
 
 
@@ -143,6 +162,73 @@ def test_a_checkpoint_of_another_model_is_refused(fails: Failing) -> None:
     message = fails("model.intermediate_dim=64")
     assert "is of another model: layers.0.mlp.w1.base.weight is (48, 32) there, but (64, 32)" in (
         message
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("model.safetensors", "half", "cannot be read: "),
+        ("config.json", "{", "config.json is not JSON: "),
+        ("config.json", "{}", "config.json has no num_attention_heads; "),
+        (
+            "tokenizer.model",
+            "half",
+            "tokenizer: torchtune.models.llama3.llama3_tokenizer cannot be",
+        ),
+        ("special_tokens.json", "{}", "cannot be built: KeyError('added_tokens')"),
+    ],
+)
+def test_a_damaged_file_of_the_base_is_named(
+    fails: Failing, llama: dict[str, Any], tmp_path: Path, file: str, text: str, message: str
+) -> None:
+    folder = shutil.copytree(llama["checkpointer"]["checkpoint_dir"], tmp_path / "base")
+    (folder / file).write_text(text)
+    said = fails(
+        f"checkpointer.checkpoint_dir={folder}",
+        f"tokenizer.path={folder}/tokenizer.model",
+        f"tokenizer.special_tokens_path={folder}/special_tokens.json",
+    )
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["dataset.packed=True", "tokenizer.max_seq_len=64"],
+            "dataset.packed is set, but packed samples need a mask per document",
+        ),
+        (["dataset.split=train[:0]"], "dataset: torchtune.datasets.chat_dataset cannot be built: "),
+        ([], "dataset, sample 1: "),
+    ],
+)
+def test_a_data_set_of_torchtune_that_does_not_fit_is_refused(
+    fails: Failing, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    path = tmp_path / "chat.json"
+    turns = ["Why?", "So."], ["Why?", "so " * 200]
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in turns
+    ]
+    path.write_text(json.dumps(rows))
+    keys = {"source": "json", "data_files": str(path), "split": "train", "packed": False}
+    dataset = {"_component_": "torchtune.datasets.chat_dataset", "conversation_style": "openai"}
+    dataset |= {"conversation_column": "messages", **keys}
+    assert message in fails(*overrides, dataset=dataset)
+
+
+def test_a_disk_that_is_full_is_one_message(
+    fails: Failing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "state.safetensors")
+
+    monkeypatch.setattr("hyper_tune.torchtune.recipe.write_checkpoint", refuse)
+    assert fails() == (
+        "[Errno 28] No space left on device: 'state.safetensors'; nothing half-written is left, "
+        "what was saved stays."
     )
 
 
@@ -199,7 +285,7 @@ def test_pruning_that_never_reaches_the_budget_warns(
     make_config: Callable[..., Path], run: Callable[..., None]
 ) -> None:
     config = make_config(method=OmegaConf.create({"name": "adalora", "init_rank": 4}))
-    with pytest.warns(UserWarning, match="leaves 56 of 56 ranks after 12 steps, above the budget"):
+    with pytest.warns(UserWarning, match="leaves 56 of 56 ranks before the last of 12 steps"):
         run(config)
 
 

@@ -24,6 +24,7 @@ from rank_budget import BudgetError
 PERSONS_MISTAKES = (UserError, AdapterError, BudgetError, HyperError)
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
+_PATIENCE_SECONDS = 5
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -94,6 +95,8 @@ def _run(cfg: DictConfig) -> int:
             run.train()
     except PERSONS_MISTAKES as error:
         return _report(error)
+    except OSError as error:
+        return _report(UserError(f"{error}; nothing half-written is left, what was saved stays."))
     except KeyboardInterrupt:
         _report(UserError("interrupted; resume with resume_from_checkpoint=True."))
         return EXIT_INTERRUPTED
@@ -103,11 +106,12 @@ def _run(cfg: DictConfig) -> int:
 
 
 def _report(error: Exception) -> int:
-    if int(os.environ.get("RANK", 0)) == 0:
-        sys.stderr.write(f"error: {error}\n")
-    else:
-        # The launcher ends the job at the first exit; rank 0 must have spoken by then.
-        time.sleep(2)
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        # The launcher ends the job at the first exit. Rank 0 has made the same mistake as a rule,
+        # and speaks first; where it has not, this process lives on and must.
+        time.sleep(_PATIENCE_SECONDS)
+    sys.stderr.write(f"error{f' (rank {rank})' if rank else ''}: {error}\n")
     return EXIT_MISTAKE
 
 

@@ -27,8 +27,8 @@ def build(section: str, component: Component, *arguments: Any, **overrides: Any)
         return config.instantiate(OmegaConf.create(dict(component)), *arguments, **overrides)
     except UserError:
         raise
-    except (InstantiationError, TypeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
+    except (InstantiationError, TypeError, ValueError, KeyError, OSError) as error:
+        reason = " ".join((repr(error) if isinstance(error, KeyError) else str(error)).split())
         hint = _nearest_argument(component, reason)
         raise UserError(f"{section}: {name} cannot be built: {reason}{hint}") from error
 

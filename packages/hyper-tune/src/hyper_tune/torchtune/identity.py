@@ -7,22 +7,31 @@ from typing import Any
 
 from hyper_tune.errors import UserError
 from hyper_tune.parallel import world_size
+from hyper_tune.torchtune.base_model import base_digest
+from hyper_tune.torchtune.data import FileDataset, Samples
 from hyper_tune.torchtune.settings import RecipeSettings
 
 _WORDS = {
+    "base": "the digest of the base's weights and tokenizer",
+    "dataset": "the digest of the dataset's tokens",
     "total_steps": "total_steps (from epochs, max_steps, the samples and the batch)",
     "samples": "samples (of dataset)",
     "processes": "processes (--nproc_per_node)",
 }
 
 
-def run_identity(settings: RecipeSettings, samples: int, total_steps: int) -> dict[str, Any]:
-    """Return every setting by which a step differs, as plain values."""
+def run_identity(settings: RecipeSettings, data: Samples, total_steps: int) -> dict[str, Any]:
+    """Return every setting by which a step differs, and digests of base and data, as plain values.
+
+    The data of a file are digested as tokens, wherever the file is; of other data sets the
+    settings and the number of samples are all that is compared.
+    """
     identity = {
         "method": asdict(settings.method),
         "model": settings.model,
-        "dataset": settings.dataset,
-        "samples": samples,
+        "base": base_digest(settings),
+        "dataset": data.digest() if isinstance(data, FileDataset) else settings.dataset,
+        "samples": len(data),
         "seed": settings.seed,
         "shuffle": settings.shuffle,
         "batch_size": settings.batch_size,

@@ -17,7 +17,7 @@ from hyper_tune.sampling import batch_indices, derive_seed, total_steps
 from hyper_tune.step import StepReport
 from hyper_tune.torchtune.base_model import build_on_meta, check_files, load_, prepare_
 from hyper_tune.torchtune.components import build, build_tokenizer
-from hyper_tune.torchtune.data import FileDataset, Samples, collate
+from hyper_tune.torchtune.data import Samples, collate, open_dataset
 from hyper_tune.torchtune.evaluate import Questions, held_out_loss, peak_memory_mib
 from hyper_tune.torchtune.identity import refuse_other_run, run_identity
 from hyper_tune.torchtune.loss import IGNORE_INDEX, cross_entropy_sum
@@ -42,6 +42,7 @@ class FineTuning:
         self.step = 0
         self.before: dict[str, float] = {}
         self._skipped = 0
+        self._saved_step = 0
         self.seconds: list[float] = []
 
     def __enter__(self) -> "FineTuning":
@@ -58,7 +59,7 @@ class FineTuning:
         self.device = parallel.start(_device(settings.device))
         self.tokenizer = build_tokenizer(settings.tokenizer)
         model = build_on_meta(settings)
-        self._open_data(model.max_seq_len, model.tok_embeddings.num_embeddings)
+        self._open_data(limit=model.max_seq_len, vocabulary=model.tok_embeddings.num_embeddings)
         self.total_steps = total_steps(
             len(self.data), self._global_batch, settings.epochs, settings.max_steps
         )
@@ -75,6 +76,7 @@ class FineTuning:
         )
         _warn_of_long_warmup(settings, self.total_steps)
         self._open_run_folder()
+        say(f"loading the base from {settings.checkpointer['checkpoint_dir']}")
         prepare_(model, settings, self.method.stack.leaf_parameters())
         load_(model, settings, self.method.layers, self.device)
         self.model = model
@@ -92,18 +94,17 @@ class FineTuning:
         settings = self.settings
         return settings.batch_size * settings.gradient_accumulation_steps * parallel.world_size()
 
-    def _open_data(self, longest: int, vocabulary: int) -> None:
+    def _open_data(self, **model: int) -> None:
         settings = self.settings
-        self.data: Samples = build("dataset", settings.dataset, self.tokenizer)
+        self.data = open_dataset("dataset", settings.dataset, self.tokenizer, **model)
         self.held_out: Samples | None = None
         if settings.dataset_val is not None:
-            self.held_out = build("dataset_val", settings.dataset_val, self.tokenizer)
+            component = settings.dataset_val
+            self.held_out = open_dataset("dataset_val", component, self.tokenizer, **model)
         self.questions: Questions | None = None
         if settings.exact_match is not None:
             self.questions = Questions(self.tokenizer, **settings.exact_match)
-        for data in (self.data, self.held_out, self.questions):
-            if isinstance(data, FileDataset | Questions):
-                data.refuse_unfit(longest, vocabulary)
+            self.questions.refuse_unfit(**model)
         if settings.validate_every_n_steps is not None and self.held_out is None:
             warnings.warn(
                 "validate_every_n_steps is set, but dataset_val is null; nothing is validated.",
@@ -116,6 +117,8 @@ class FineTuning:
         parallel.on_rank_zero(lambda: self.folder.start(resume=resume), self.device)
         if resume and has_checkpoints(self.folder.checkpoints):
             self._resume()
+        elif resume:
+            say(f"no checkpoint in {self.folder.checkpoints}; starting at step 0")
         parallel.agree(self.step, "the step to resume from", self.device)
         parallel.on_rank_zero(lambda: self.folder.metrics.truncate_after(self.step), self.device)
 
@@ -127,11 +130,11 @@ class FineTuning:
         self.method.load_state_dict(state["method"], self.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         self.before = state["before"]
-        self.step = step
+        self.step = self._saved_step = step
         say(f"resuming {self.folder.path} from step {step} of {self.total_steps}")
 
     def _identity(self) -> dict[str, Any]:
-        return run_identity(self.settings, len(self.data), self.total_steps)
+        return run_identity(self.settings, self.data, self.total_steps)
 
     def train(self) -> None:
         """Run to the last step, evaluate before and after, write adapter and summary."""
@@ -166,8 +169,7 @@ class FineTuning:
         if parallel.rank() == 0:
             self.folder.metrics.append(row)
         self._count_skipped(report)
-        last = self.step == self.total_steps
-        if report.finite and (last or self._every(self.settings.save_every_n_steps)):
+        if report.finite and self._save_is_due():
             self._save()
         return row
 
@@ -196,6 +198,11 @@ class FineTuning:
 
     def _every(self, interval: int | None) -> bool:
         return interval is not None and self.step % interval == 0
+
+    def _save_is_due(self) -> bool:
+        """Whether this step ends an interval that has no checkpoint yet, or the run."""
+        every = self.settings.save_every_n_steps
+        return self.step == self.total_steps or self.step // every > self._saved_step // every
 
     def _count_skipped(self, report: StepReport) -> None:
         if report.finite:
@@ -226,6 +233,7 @@ class FineTuning:
             lambda: write_checkpoint(self.folder.checkpoints, self.step, state, keep=keep),
             self.device,
         )
+        self._saved_step = self.step
 
     def evaluate(self) -> dict[str, float]:
         """Return held-out loss and exact match, as far as the settings name data for them."""
@@ -254,13 +262,9 @@ class FineTuning:
 
 
 def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device is {name!r}; expected cpu or cuda.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda', but this machine has no usable GPU; set device=cpu.")
-    return device
+    return torch.device(name)
 
 
 def _warn_of_long_warmup(settings: RecipeSettings, total_steps: int) -> None:
