@@ -1,0 +1,195 @@
+"""The kinds of modules that are linear maps in the mathematical sense, seen as y = x Wᵀ."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowrank_adapters.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """y = x Wᵀ: `torch.nn.Linear`, what has its features, and `Conv1D` of transformers.
+
+    ``in_width``, ``out_width``: of the matrix W (out, in). ``transposed``: the module keeps Wᵀ.
+    """
+
+    in_width: int
+    out_width: int
+    transposed: bool = False
+
+    def update(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """Return y + scaling · x Aᵀ Bᵀ for A (k, in) and B (out, k), in the dtype of y.
+
+        >>> zeros, ones = torch.zeros(4, 2), torch.ones(4, 3)
+        >>> LinearMap(3, 2).update(zeros, ones, torch.ones(1, 3), torch.ones(2, 1), 0.5)[0]
+        tensor([1.5000, 1.5000])
+        """
+        return _add_up(y, functional.linear(x, a.to(x.dtype)), b, scaling)
+
+    def matrix(self, module: nn.Module) -> Tensor:
+        """Return W (out, in) as the module keeps it, detached; a view where one can be had.
+
+        Raises:
+            AdapterError: the weight is quantised or sharded.
+        """
+        weight = plain_weight(module)
+        return weight.T if self.transposed else weight
+
+    def add_(self, module: nn.Module, delta: Tensor) -> None:
+        """Add a matrix (out, in) to the module's weight, in place, rounding once.
+
+        Raises:
+            AdapterError: the weight is quantised or sharded; it is left as it was.
+        """
+        self.matrix(module).add_(delta)
+
+
+@dataclass(frozen=True)
+class ConvolutionMap:
+    """A convolution, whose W is (out_channels, in_channels · kernel): down by one, up by a 1x1.
+
+    ``kernel``: (in_channels, *kernel_size).
+    """
+
+    in_width: int
+    out_width: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+
+    _CONVOLVE: ClassVar[dict[int, Callable[..., Tensor]]] = {
+        1: functional.conv1d,
+        2: functional.conv2d,
+    }
+
+    def update(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """Return y plus scaling · B A of every patch of x, in the dtype of y."""
+        ones = (1,) * (len(self.kernel) - 1)
+        convolve = self._CONVOLVE[len(ones)]
+        down = a.to(x.dtype).reshape(-1, *self.kernel)
+        hidden = convolve(x, down, None, self.stride, self.padding, self.dilation)
+        up = (b * scaling).to(y.dtype).reshape(self.out_width, -1, *ones)
+        return y + convolve(hidden.to(y.dtype), up)
+
+    def matrix(self, module: nn.Module) -> Tensor:
+        """Return W (out, in), detached; see `LinearMap.matrix`."""
+        return plain_weight(module).flatten(1)
+
+    def add_(self, module: nn.Module, delta: Tensor) -> None:
+        """Add a matrix (out, in) to the module's weight; see `LinearMap.add_`."""
+        weight = plain_weight(module)
+        weight.add_(delta.reshape(weight.shape))
+
+
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """A look-up, which is y = x Wᵀ for x of one 1 among ``in_width`` entries."""
+
+    in_width: int
+    out_width: int
+    padding_idx: int | None
+
+    def update(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """Return y plus scaling · B times the columns of A at the indices x, in the dtype of y."""
+        return _add_up(y, functional.embedding(x, a.T, self.padding_idx), b, scaling)
+
+    def matrix(self, module: nn.Module) -> Tensor:
+        """Return W (out, in), detached; see `LinearMap.matrix`."""
+        return plain_weight(module).T
+
+    def add_(self, module: nn.Module, delta: Tensor) -> None:
+        """Add a matrix (out, in) to the module's weight; see `LinearMap.add_`."""
+        self.matrix(module).add_(delta)
+
+
+Map = LinearMap | ConvolutionMap | EmbeddingMap
+
+
+def _add_up(y: Tensor, hidden: Tensor, b: Tensor, scaling: float) -> Tensor:
+    # One product that adds: no second tensor as wide as y, and no pass for the scaling.
+    flat = torch.addmm(
+        y.reshape(-1, y.shape[-1]),
+        hidden.reshape(-1, hidden.shape[-1]).to(y.dtype),
+        b.T.to(y.dtype),
+        alpha=scaling,
+    )
+    return flat.view(y.shape)
+
+
+def plain_weight(module: nn.Module) -> Tensor:
+    """Return the module's weight, detached, where it is a plain tensor of numbers.
+
+    Raises:
+        AdapterError: it is quantised or sharded.
+    """
+    weight = module.get_parameter("weight")
+    kind = type(weight.data)
+    if kind is not Tensor or not weight.is_floating_point():
+        what = f"{weight.dtype} numbers" if kind is Tensor else kind.__name__
+        raise AdapterError(
+            f"the weight of the {type(module).__name__} is {what}, expected a whole floating-point "
+            "tensor; its values are not changed or read: dequantise or gather the base first."
+        )
+    return weight.detach()
+
+
+def map_of(module: nn.Module) -> Map:
+    """Return how a module is a linear map.
+
+    Raises:
+        AdapterError: it is none, or one of a form that has no low-rank update here.
+
+    >>> map_of(nn.Conv2d(3, 8, kernel_size=5)).in_width
+    75
+    """
+    kind = type(module).__name__
+    if kind == "NonDynamicallyQuantizableLinear":
+        raise AdapterError(
+            "it is the output projection of a MultiheadAttention, which reads its weight and never "
+            "calls it; exclude it."
+        )
+    if isinstance(module, nn.Embedding):
+        return _embedding(module)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return _convolution(module)
+    if kind == "Conv1D" and hasattr(module, "nf"):
+        in_width, out_width = module.get_parameter("weight").shape
+        return LinearMap(in_width, out_width, transposed=True)
+    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(widths[0], int) and isinstance(widths[1], int):
+        return LinearMap(widths[0], widths[1])
+    raise AdapterError(
+        f"it is a {kind}, expected a Linear, Conv1d, Conv2d, Embedding, or a module with "
+        "in_features and out_features; exclude it."
+    )
+
+
+def _embedding(module: nn.Embedding) -> EmbeddingMap:
+    if module.max_norm is not None:
+        raise AdapterError(
+            f"its max_norm is {module.max_norm}, by which a forward pass changes the weight; "
+            "expected None: set it to None or exclude it."
+        )
+    return EmbeddingMap(module.num_embeddings, module.embedding_dim, module.padding_idx)
+
+
+def _convolution(module: nn.Conv1d | nn.Conv2d) -> ConvolutionMap:
+    for name, expected in (("groups", 1), ("padding_mode", "zeros")):
+        found = getattr(module, name)
+        if found != expected:
+            raise AdapterError(f"its {name} is {found!r}, expected {expected!r}; exclude it.")
+    kernel = (module.in_channels, *module.kernel_size)
+    return ConvolutionMap(
+        in_width=torch.Size(kernel).numel(),
+        out_width=module.out_channels,
+        kernel=kernel,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+    )
