@@ -185,6 +185,32 @@ def refuse_shared(model: nn.Module, chosen: Sequence[str]) -> None:
                 )
 
 
+def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """Return the model's low-rank layers by name, in model order.
+
+    >>> from lowrank_adapters import SVD
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3))
+    >>> inject_adapters_(model, SVD(rank=2, alpha=2.0)) == adapted_layers(model)
+    True
+    """
+    return {n: module for n, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def remove_adapters_(model: nn.Module) -> None:
+    """Put each low-rank layer's base back in its place; one that is merged keeps the update.
+
+    >>> from lowrank_adapters import SVD
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = inject_adapters_(model, SVD(rank=2, alpha=2.0))
+    >>> remove_adapters_(model)
+    >>> model
+    Sequential(
+      (0): Linear(in_features=4, out_features=3, bias=True)
+    )
+    """
+    place_(model, {name: layer.base for name, layer in adapted_layers(model).items()})
+
+
 def freeze_base_(model: nn.Module) -> None:
     """Let only the factors of low-rank layers take gradients.
 
@@ -196,10 +222,9 @@ def freeze_base_(model: nn.Module) -> None:
     ['0.a', '0.b']
     """
     model.requires_grad_(requires_grad=False)
-    for module in model.modules():
-        if isinstance(module, LowRankLinear):
-            for _, factor in module.factors():
-                factor.requires_grad_(True)
+    for layer in adapted_layers(model).values():
+        for _, factor in layer.factors():
+            factor.requires_grad_(True)
 
 
 def inside_adapters(name: str, layers: Iterable[str]) -> str:

@@ -67,7 +67,7 @@ class LowRankLinear(nn.Module):
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.dropout = dropout
         self.enabled = True
-        self.merged = False
+        self.unmerged: Tensor | None = None
         self.register_buffer("start_a", None)
         self.register_buffer("start_b", None)
         self._make_factors(torch.device(device), dtype)
@@ -114,6 +114,11 @@ class LowRankLinear(nn.Module):
             self.start_a = self.start_b = None
         else:
             self.start_a, self.start_b = (factor.clone() for factor in self._factored(self.dtype))
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base's weight contains the update; ``unmerged`` is then what it was before."""
+        return self.unmerged is not None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,21 +10,11 @@ from torch import Tensor, nn
 
 from lowrank_adapters.errors import AdapterError
 from lowrank_adapters.files import read_tensors, replace_file
-from lowrank_adapters.layer import LowRankLinear
+from lowrank_adapters.inject import adapted_layers
+from lowrank_adapters.merge import refuse_merged
 
 FILE = "adapter.safetensors"
 _FORMAT = "lowrank-adapters 1"
-
-
-def adapters(model: nn.Module) -> dict[str, LowRankLinear]:
-    """Return the model's low-rank layers by name, in model order.
-
-    >>> from lowrank_adapters import SVD, inject_adapters_
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3))
-    >>> inject_adapters_(model, SVD(rank=2, alpha=2.0)) == adapters(model)
-    True
-    """
-    return {n: module for n, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -38,7 +28,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     return {
         f"{name}.{key}": tensor.detach()
-        for name, layer in adapters(model).items()
+        for name, layer in adapted_layers(model).items()
         for key, tensor in layer.owned()
     }
 
@@ -52,6 +42,7 @@ def load_adapter_state_dict_(model: nn.Module, state: Mapping[str, Tensor]) -> N
             differs, a value is not finite in the dtype here, or a layer is merged or on the meta
             device; the model is left as it was.
     """
+    refuse_merged(adapted_layers(model).items())
     own = adapter_state_dict(model)
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
@@ -128,7 +119,7 @@ def _description(model: nn.Module) -> dict[str, dict[str, object]]:
             "rank": layer.rank,
             "scaling": float(layer.scaling),
         }
-        for name, layer in adapters(model).items()
+        for name, layer in adapted_layers(model).items()
     }
 
 
