@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank_adapters.errors import AdapterError
-from lowrank_adapters.maps import EmbeddingMap, map_of
-from lowrank_adapters.starts import Components, Start, UnitRows
+from lowrank_adapters.maps import EmbeddingMap, dense_matrix, map_of
+from lowrank_adapters.starts import Components, Start, UnitRows, check_statistic
 
 _PER_OUTPUT = ("p", "b")
 _VECTORS = ("magnitude", "scale")
@@ -30,7 +30,8 @@ class LowRankLinear(nn.Module):
 
     ``scaling`` is s = alpha / rank, or alpha / √rank with ``rslora`` (arXiv 2312.03732), also after
     components were pruned. ``enabled``: False leaves the base alone. ``merged``: whether the base's
-    weight contains the update already. Saved: what `owned` yields.
+    weight contains the update already. ``waiting``: whether something of the layer can be computed
+    only once the base has left the meta device (`materialise_`). Saved: what `owned` yields.
 
     ``start``: what the factors are at step 0; y is then exactly base(x), whatever they are. Where
     the start's product B₀ A₀ is not zero, it is kept in ``start_a`` and ``start_b`` (saved), and
@@ -64,10 +65,13 @@ class LowRankLinear(nn.Module):
         self.base = base
         self.rank = rank
         self.alpha = alpha
+        self.rslora = rslora
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.dropout = dropout
         self.enabled = True
         self.unmerged: Tensor | None = None
+        self.waiting = False
+        self._waiting_start: Start | None = None
         self.register_buffer("start_a", None)
         self.register_buffer("start_b", None)
         self._make_factors(torch.device(device), dtype)
@@ -80,8 +84,7 @@ class LowRankLinear(nn.Module):
                 f"rank is {rank}, but the matrix is {self.out_features} x {self.in_features}; "
                 f"choose a rank of 1 to {limit}, or exclude the module."
             )
-        if not 0 <= dropout < 1:
-            raise AdapterError(f"dropout is {dropout}, expected a probability of 0 to below 1.")
+        _check_dropout(dropout)
         if dropout and isinstance(self.map, EmbeddingMap):
             raise AdapterError(
                 f"dropout is {dropout}, but an embedding takes indices, which cannot be dropped; "
@@ -92,32 +95,69 @@ class LowRankLinear(nn.Module):
         raise NotImplementedError
 
     def _place_(self, components: Components) -> None:
+        """Set the factors, in place."""
         raise NotImplementedError
+
+    def _read_base_(self) -> None:
+        """Compute what the method derives from the base's weight; by default nothing."""
 
     def _factored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A (rank, in) and B (out, rank), computed in ``dtype``, B weighed by the mask."""
         raise NotImplementedError
 
-    def _component_weights(self) -> Tensor | None:
+    def _component_weights(self, dtype: torch.dtype) -> Tensor | None:
         """Return what the mask weighs the components by (rank,), zero where masked; None: all 1."""
         return None
 
     @torch.no_grad()
     def start_(self, start: Start, statistic: Tensor | None = None) -> None:
-        """Set the factors, in place, to a start computed from ``statistic``."""
-        self._place_(
-            start.components(
-                self.rank, self.out_features, self.in_features, statistic, self.scaling
-            )
-        )
-        if start.is_zero:
-            self.start_a = self.start_b = None
-        else:
+        """Set the factors, in place, to a start.
+
+        ``statistic``: what the start needs beside chance and the base's weight (out, in): the
+        gradient of the loss with respect to that weight (out, in), or the second moment of the
+        inputs (in, in).
+
+        Raises:
+            AdapterError: the statistic is missing, has another shape or is not finite.
+        """
+        self._waiting_start = None
+        if start.needs == "weight":
+            if self._base_is_meta():
+                self._waiting_start, self.waiting = start, True
+                return
+            statistic = dense_matrix(self.map, self.base)
+        place = (self.rank, self.out_features, self.in_features)
+        check_statistic(start, statistic, *place[1:])
+        self._place_(start.components(*place, statistic, self.scaling))
+        self.start_a = self.start_b = None
+        if not start.is_zero:
             self.start_a, self.start_b = (factor.clone() for factor in self._factored(self.dtype))
+        self._read_base_()
+
+    def materialise_(self) -> None:
+        """Compute what had to wait for the base's weights, where something had.
+
+        Raises:
+            AdapterError: the base is still on the meta device.
+        """
+        if not self.waiting:
+            return
+        if self._base_is_meta():
+            raise AdapterError(
+                "the weights of the base are still on the meta device; load them first."
+            )
+        self.waiting = False
+        if self._waiting_start is None:
+            self._read_base_()
+        else:
+            self.start_(self._waiting_start)
+
+    def _base_is_meta(self) -> bool:
+        return any(parameter.is_meta for parameter in self.base.parameters())
 
     @property
     def merged(self) -> bool:
-        """Whether the base's weight contains the update; ``unmerged`` is then what it was before."""
+        """Whether the base's weight contains the update; ``unmerged`` is what it was before."""
         return self.unmerged is not None
 
     @property
@@ -135,7 +175,7 @@ class LowRankLinear(nn.Module):
         if self.start_a is None or self.start_b is None:
             return a, b
         start_a, start_b = self.start_a.to(dtype), self.start_b.to(dtype)
-        weights = self._component_weights()
+        weights = self._component_weights(dtype)
         if weights is not None:
             start_b = start_b * weights
         # Differences first: at the start both are exactly zero, and nothing cancels later on.
@@ -146,6 +186,11 @@ class LowRankLinear(nn.Module):
         y: Tensor = self.base(x)
         if self.merged or not self.enabled:
             return y
+        if self.waiting:
+            raise AdapterError(
+                f"a {type(self).__name__} of rank {self.rank} waits for the weights of its base, "
+                "which was on the meta device; load them and call materialise_(model)."
+            )
         return self._adapted(y, self._dropped(x))
 
     def _adapted(self, y: Tensor, x: Tensor) -> Tensor:
@@ -164,8 +209,9 @@ class LowRankLinear(nn.Module):
         Masks, λ, scaling and start are in B; nothing is shared with the layer.
         """
         # A product of two narrow numbers needs the wider ones.
-        a, b = self.product(torch.promote_types(self.dtype, torch.float32))
-        weights = self._component_weights()
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        a, b = self.product(dtype)
+        weights = self._component_weights(dtype)
         if weights is None:
             return a.clone(), b * self.scaling
         live = weights.bool().repeat(len(a) // self.rank)
@@ -230,11 +276,31 @@ class LowRankLinear(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}"
 
 
+def _check_dropout(dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise AdapterError(f"dropout is {dropout}, expected a probability from 0 to below 1.")
+
+
+def materialise_(model: nn.Module) -> None:
+    """Compute what low-rank layers could not while their bases were on the meta device.
+
+    Call it when the base's weights are loaded, before a saved adapter is: DoRA's magnitudes and
+    starts from the weight are set by it.
+
+    Raises:
+        AdapterError: a layer waits whose base is still on the meta device.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            try:
+                module.materialise_()
+            except AdapterError as error:
+                raise AdapterError(f"{name}: {error}") from error
+
+
 @dataclass(frozen=True)
 class LowRankMaker:
     """What to build around a linear map: the arguments of `LowRankLinear`, validated.
-
-    ``layer``: what is built; each method's maker names its own.
 
     Raises:
         AdapterError: a value that no layer can have.
@@ -246,18 +312,13 @@ class LowRankMaker:
     dropout: float = 0.0
     start: Start = UnitRows()  # noqa: RUF009 - frozen
 
-    layer: ClassVar[type[LowRankLinear]]
-
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise AdapterError(f"rank is {self.rank}, expected at least 1.")
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+        if not 0 < self.alpha < math.inf:
             raise AdapterError(f"alpha is {self.alpha}, expected a finite number above 0.")
-        if not 0 <= self.dropout < 1:
-            raise AdapterError(f"dropout is {self.dropout}, expected 0 to below 1.")
+        _check_dropout(self.dropout)
 
-    def build(
-        self, base: nn.Module, *, device: torch.device | str, dtype: torch.dtype
-    ) -> LowRankLinear:
-        """Return the layer around ``base``, with factors of ``dtype`` on ``device``."""
-        return self.layer(base, **vars(self), device=device, dtype=dtype)
+    def common(self) -> dict[str, Any]:
+        """Return the arguments that every layer takes, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(LowRankMaker)}

@@ -47,4 +47,8 @@ class LoRALinear(LowRankLinear):
 class LoRA(LowRankMaker):
     """Makes a `LoRALinear` of a linear map; see there."""
 
-    layer: ClassVar[type[LowRankLinear]] = LoRALinear
+    def build(
+        self, base: nn.Module, *, device: torch.device | str, dtype: torch.dtype
+    ) -> LoRALinear:
+        """Return the layer around ``base``, with factors of ``dtype`` on ``device``."""
+        return LoRALinear(base, **self.common(), device=device, dtype=dtype)

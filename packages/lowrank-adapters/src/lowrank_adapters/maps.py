@@ -22,6 +22,10 @@ class LinearMap:
     out_width: int
     transposed: bool = False
 
+    def down(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Return x rowsᵀ (..., k) for rows (k, in)."""
+        return functional.linear(x, rows.to(x.dtype))
+
     def update(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """Return y + scaling · x Aᵀ Bᵀ for A (k, in) and B (out, k), in the dtype of y.
 
@@ -29,7 +33,17 @@ class LinearMap:
         >>> LinearMap(3, 2).update(zeros, ones, torch.ones(1, 3), torch.ones(2, 1), 0.5)[0]
         tensor([1.5000, 1.5000])
         """
-        return _add_up(y, functional.linear(x, a.to(x.dtype)), b, scaling)
+        return _add_up(y, self.down(x, a), b, scaling)
+
+    def multiply(self, module: nn.Module, rows: Tensor) -> Tensor:
+        """Return rows Wᵀ (k, out) for rows (k, in), without the bias, whatever the weight is."""
+        if self.transposed:
+            return rows @ module.get_parameter("weight")
+        if type(module) is nn.Linear:
+            return functional.linear(rows, module.weight)
+        y: Tensor = module(rows)
+        bias = getattr(module, "bias", None)
+        return y if bias is None else y - bias
 
     def matrix(self, module: nn.Module) -> Tensor:
         """Return W (out, in) as the module keeps it, detached; a view where one can be had.
@@ -68,14 +82,17 @@ class ConvolutionMap:
         2: functional.conv2d,
     }
 
+    def down(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Return the product of every patch of x with rows (k, in), of k channels."""
+        kernels = rows.to(x.dtype).reshape(-1, *self.kernel)
+        convolve = self._CONVOLVE[len(self.stride)]
+        return convolve(x, kernels, None, self.stride, self.padding, self.dilation)
+
     def update(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """Return y plus scaling · B A of every patch of x, in the dtype of y."""
-        ones = (1,) * (len(self.kernel) - 1)
-        convolve = self._CONVOLVE[len(ones)]
-        down = a.to(x.dtype).reshape(-1, *self.kernel)
-        hidden = convolve(x, down, None, self.stride, self.padding, self.dilation)
-        up = (b * scaling).to(y.dtype).reshape(self.out_width, -1, *ones)
-        return y + convolve(hidden.to(y.dtype), up)
+        dimensions = len(self.stride)
+        up = (b * scaling).to(y.dtype).reshape(*b.shape, *(1,) * dimensions)
+        return y + self._CONVOLVE[dimensions](self.down(x, a).to(y.dtype), up)
 
     def matrix(self, module: nn.Module) -> Tensor:
         """Return W (out, in), detached; see `LinearMap.matrix`."""
@@ -95,9 +112,13 @@ class EmbeddingMap:
     out_width: int
     padding_idx: int | None
 
+    def down(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Return the columns of rows (k, in) at the indices x: (..., k)."""
+        return functional.embedding(x, rows.T, self.padding_idx)
+
     def update(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """Return y plus scaling · B times the columns of A at the indices x, in the dtype of y."""
-        return _add_up(y, functional.embedding(x, a.T, self.padding_idx), b, scaling)
+        return _add_up(y, self.down(x, a), b, scaling)
 
     def matrix(self, module: nn.Module) -> Tensor:
         """Return W (out, in), detached; see `LinearMap.matrix`."""
@@ -120,6 +141,25 @@ def _add_up(y: Tensor, hidden: Tensor, b: Tensor, scaling: float) -> Tensor:
         alpha=scaling,
     )
     return flat.view(y.shape)
+
+
+@torch.no_grad()
+def dense_matrix(linear_map: Map, module: nn.Module) -> Tensor:
+    """Return a copy of W (out, in) in float32 or wider, also where the weight is quantised.
+
+    A quantised weight is not unpacked: the module is called on the rows of the identity.
+
+    Raises:
+        AdapterError: the weight is sharded, or quantised in another module than a linear layer.
+    """
+    weight = module.get_parameter("weight")
+    if not isinstance(linear_map, LinearMap) or type(weight.data) is Tensor:
+        matrix = linear_map.matrix(module)
+        return matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
+    if type(weight.data).__name__ == "DTensor":
+        raise AdapterError("its weight is sharded, expected a whole one; adapt before sharding.")
+    identity = torch.eye(linear_map.in_width, dtype=weight.dtype, device=weight.device)
+    return linear_map.multiply(module, identity).T.float()
 
 
 def plain_weight(module: nn.Module) -> Tensor:

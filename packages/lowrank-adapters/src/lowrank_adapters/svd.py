@@ -49,7 +49,7 @@ class SVDLinear(LowRankLinear):
     def _factored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.q.to(dtype), self.p.to(dtype) * (self.lam.to(dtype) * self.rank_mask)
 
-    def _component_weights(self) -> Tensor:
+    def _component_weights(self, dtype: torch.dtype) -> Tensor:
         return self.rank_mask
 
 
@@ -57,4 +57,8 @@ class SVDLinear(LowRankLinear):
 class SVD(LowRankMaker):
     """Makes a `SVDLinear` of a linear map; see there."""
 
-    layer: ClassVar[type[LowRankLinear]] = SVDLinear
+    def build(
+        self, base: nn.Module, *, device: torch.device | str, dtype: torch.dtype
+    ) -> SVDLinear:
+        """Return the layer around ``base``, with factors of ``dtype`` on ``device``."""
+        return SVDLinear(base, **self.common(), device=device, dtype=dtype)
