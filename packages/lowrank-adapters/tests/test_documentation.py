@@ -37,7 +37,7 @@ def test_docstring_examples_run(name):
 def test_modules_have_examples():
     tried = {name: doctest.testmod(importlib.import_module(name)).attempted for name in MODULES}
     without = {name.rpartition(".")[2] for name, count in tried.items() if not count}
-    assert without == {"errors", "exchange", "lowrank_adapters"}
+    assert without == {"errors", "exchange", "lowrank_adapters", "peft"}
 
 
 @pytest.mark.parametrize("name", REFUSING)

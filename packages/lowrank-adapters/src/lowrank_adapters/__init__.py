@@ -3,7 +3,7 @@
 from lowrank_adapters.dora import DoRA, DoRALinear, ScaledLoRALinear
 from lowrank_adapters.dylora import DyLoRA, DyLoRALinear, RankSampler, set_rank_
 from lowrank_adapters.errors import AdapterError
-from lowrank_adapters.exchange.peft import export_peft
+from lowrank_adapters.exchange.peft.export import export_peft
 from lowrank_adapters.inject import (
     adapted_layers,
     freeze_base_,
