@@ -4,6 +4,7 @@ from lowrank_adapters.dora import DoRA, DoRALinear, ScaledLoRALinear
 from lowrank_adapters.dylora import DyLoRA, DyLoRALinear, RankSampler, set_rank_
 from lowrank_adapters.errors import AdapterError
 from lowrank_adapters.exchange.peft.export import export_peft
+from lowrank_adapters.exchange.peft.load import import_peft_
 from lowrank_adapters.inject import (
     adapted_layers,
     freeze_base_,
@@ -65,6 +66,7 @@ __all__ = [
     "disable_adapters",
     "export_peft",
     "freeze_base_",
+    "import_peft_",
     "inject_adapters_",
     "inside_adapters",
     "load_adapter_",

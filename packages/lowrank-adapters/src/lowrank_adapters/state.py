@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank_adapters.errors import AdapterError
 from lowrank_adapters.files import read_tensors, replace_file
 from lowrank_adapters.inject import adapted_layers
+from lowrank_adapters.layer import LowRankLinear
 from lowrank_adapters.merge import refuse_merged
 
 FILE = "adapter.safetensors"
@@ -39,10 +40,12 @@ def load_adapter_state_dict_(model: nn.Module, state: Mapping[str, Tensor]) -> N
 
     Raises:
         AdapterError: keys are missing or unexpected (both are listed), a shape or kind of number
-            differs, a value is not finite in the dtype here, or a layer is merged or on the meta
-            device; the model is left as it was.
+            differs, a value is not finite in the dtype here, or a layer is merged, on the meta
+            device or waits for its base; the model is left as it was.
     """
-    refuse_merged(adapted_layers(model).items())
+    layers = adapted_layers(model)
+    refuse_merged(layers.items())
+    refuse_waiting(layers)
     own = adapter_state_dict(model)
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
@@ -54,6 +57,20 @@ def load_adapter_state_dict_(model: nn.Module, state: Mapping[str, Tensor]) -> N
         check_fits(name, state[name], tensor)
     for name, tensor in own.items():
         tensor.copy_(state[name])
+
+
+def refuse_waiting(layers: Mapping[str, LowRankLinear]) -> None:
+    """Refuse layers that `materialise_` would compute again, over what was loaded.
+
+    Raises:
+        AdapterError: names the first one.
+    """
+    for name, layer in layers.items():
+        if layer.waiting:
+            raise AdapterError(
+                f"{name} waits for the weights of its base, which was on the meta device; load "
+                "them and call materialise_(model) first."
+            )
 
 
 def check_fits(name: str, saved: Tensor, tensor: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Names and shapes of an adapter's tensors in PEFT's files."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from lowrank_adapters.maps import ConvolutionMap, EmbeddingMap, Map
@@ -17,6 +19,13 @@ ADALORA_A, ADALORA_E, ADALORA_B = "lora_A", "lora_E", "lora_B"
 PARTS = (LORA_A, LORA_B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, ADALORA_A, ADALORA_E, ADALORA_B)
 
 
+def lora_parts(linear_map: Map) -> tuple[str, str]:
+    """Return the names that A and B have in PEFT for a kind of module."""
+    if isinstance(linear_map, EmbeddingMap):
+        return EMBEDDING_A, EMBEDDING_B
+    return LORA_A, LORA_B
+
+
 def lora_tensors(linear_map: Map, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     """Return A (k, in) and B (out, k) by PEFT's names, in the shapes that it has them in.
 
@@ -27,16 +36,15 @@ def lora_tensors(linear_map: Map, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     >>> {name: tuple(tensor.shape) for name, tensor in found.items()}
     {'lora_A.weight': (2, 3, 5, 5), 'lora_B.weight': (8, 2, 1, 1)}
     """
-    if isinstance(linear_map, EmbeddingMap):
-        return {EMBEDDING_A: a, EMBEDDING_B: b}
     if isinstance(linear_map, ConvolutionMap):
         ones = (1,) * (len(linear_map.kernel) - 1)
-        return {LORA_A: a.reshape(-1, *linear_map.kernel), LORA_B: b.reshape(*b.shape, *ones)}
-    return {LORA_A: a, LORA_B: b}
+        a, b = a.reshape(-1, *linear_map.kernel), b.reshape(*b.shape, *ones)
+    return dict(zip(lora_parts(linear_map), (a, b), strict=True))
 
 
-def lora_factors(linear_map: Map, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def lora_factors(linear_map: Map, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return A (k, in) and B (out, k), the inverse of `lora_tensors`; shapes are not checked."""
-    if isinstance(linear_map, EmbeddingMap):
-        return tensors[EMBEDDING_A], tensors[EMBEDDING_B]
-    return tensors[LORA_A].flatten(1), tensors[LORA_B].flatten(1)
+    a, b = (tensors[part] for part in lora_parts(linear_map))
+    if isinstance(linear_map, ConvolutionMap):
+        a, b = a.flatten(1), b.flatten(1)
+    return a, b
