@@ -92,6 +92,19 @@ def orthogonality(pairs):
     return total / len(pairs)
 
 
+def orthogonality_of_adalora(pairs):
+    """The mean of ‖A Aᵀ − I‖_F over all Pᵀ and Q, as AdaLoRA's code has it."""
+    norms = []
+    for p, q in pairs:
+        for rows in (p.T, q):
+            squares = 0
+            for i in range(len(rows)):
+                for j in range(len(rows)):
+                    squares = squares + (dot(rows[i], rows[j]) - (1 if i == j else 0)) ** 2
+            norms.append(squares.sqrt())
+    return sum(norms) / len(norms)
+
+
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -169,6 +182,7 @@ def twin():
         dora_linear=dora_linear,
         lora_linear=lora_linear,
         orthogonality=orthogonality,
+        orthogonality_of_adalora=orthogonality_of_adalora,
         patches=patches,
         svd_linear=svd_linear,
         update_matrix=update_matrix,

@@ -124,6 +124,8 @@ class LowRankLinear(nn.Module):
         if start.needs == "weight":
             if self._base_is_meta():
                 self._waiting_start, self.waiting = start, True
+                for _, factor in self.factors():
+                    factor.zero_()
                 return
             statistic = dense_matrix(self.map, self.base)
         place = (self.rank, self.out_features, self.in_features)
@@ -134,6 +136,7 @@ class LowRankLinear(nn.Module):
             self.start_a, self.start_b = (factor.clone() for factor in self._factored(self.dtype))
         self._read_base_()
 
+    @torch.no_grad()
     def materialise_(self) -> None:
         """Compute what had to wait for the base's weights, where something had.
 
@@ -183,15 +186,15 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., out) for x (..., in), or of the shapes that the base has."""
-        y: Tensor = self.base(x)
         if self.merged or not self.enabled:
-            return y
+            alone: Tensor = self.base(x)
+            return alone
         if self.waiting:
             raise AdapterError(
                 f"a {type(self).__name__} of rank {self.rank} waits for the weights of its base, "
                 "which was on the meta device; load them and call materialise_(model)."
             )
-        return self._adapted(y, self._dropped(x))
+        return self._adapted(self.base(x), self._dropped(x))
 
     def _adapted(self, y: Tensor, x: Tensor) -> Tensor:
         a, b = self.product()

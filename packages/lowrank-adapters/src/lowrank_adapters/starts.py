@@ -203,19 +203,19 @@ def check_statistic(start: Start, statistic: Tensor | None, out_width: int, in_w
     name = type(start).__name__
     if statistic is None:
         raise AdapterError(
-            f"{name} needs the {start.needs}; inject with another start, then collect them and "
-            "call start_ with them."
+            f"{name} needs the {start.needs}; inject with another start, collect the statistics, "
+            "and call start_factors_ with them."
         )
     expected = (in_width, in_width) if start.needs == "activations" else (out_width, in_width)
     if tuple(statistic.shape) != expected:
         raise AdapterError(
-            f"{name} got {start.needs} of shape {tuple(statistic.shape)}, expected {expected}; "
-            "collect them on this model."
+            f"{name} got {tuple(statistic.shape)} as the {start.needs}, expected {expected}; collect "
+            "them on this model."
         )
     if not statistic.isfinite().all():
         raise AdapterError(
-            f"{name} got {start.needs} that are not finite; look for the batch or weight that is "
-            "not."
+            f"{name} got numbers that are not finite as the {start.needs}; look for the batch that "
+            "gave them."
         )
 
 

@@ -58,7 +58,7 @@ def collect_gradients(
     layers at a time: each gradient is as large as its weight.
 
     Raises:
-        AdapterError: there is no batch.
+        AdapterError: there is no batch, or a layer that no gradient reached.
     """
     sums: dict[str, Tensor] = {}
 
@@ -76,7 +76,7 @@ def collect_gradients(
             with torch.enable_grad():
                 loss_of(batch).backward()  # type: ignore[no-untyped-call]
             count += 1
-    return _means(sums, count)
+    return _means(sums, count, layers)
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def collect_activations(
     off meanwhile.
 
     Raises:
-        AdapterError: there is no batch, or a layer is not of a linear layer.
+        AdapterError: there is no batch, or a layer that is not used or not of a linear layer.
     """
     for name, layer in layers.items():
         if not isinstance(layer.map, LinearMap):
@@ -110,7 +110,7 @@ def collect_activations(
         for batch in batches:
             forward(batch)
             count += 1
-    return _means(sums, count)
+    return _means(sums, count, layers)
 
 
 def _gradient(layer: LowRankLinear, x: Tensor, gradient: Tensor) -> Tensor:
@@ -130,10 +130,16 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
         sums[name] = value
 
 
-def _means(sums: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+def _means(sums: dict[str, Tensor], count: int, names: Iterable[str]) -> dict[str, Tensor]:
     if not count:
         raise AdapterError("there are no batches to collect from, expected at least one.")
-    return {name: value / count for name, value in sums.items()}
+    without = [name for name in names if name not in sums]
+    if without:
+        raise AdapterError(
+            f"nothing reached {', '.join(without)} in {count} batches; leave them out or collect "
+            "over batches that use them."
+        )
+    return {name: sums[name] / count for name in names}
 
 
 @contextmanager
