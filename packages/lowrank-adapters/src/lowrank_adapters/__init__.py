@@ -1,5 +1,6 @@
 """Low-rank adapter layers for any PyTorch model: injection, stacked storage, exchange with PEFT."""
 
+from lowrank_adapters.convert import convert_to_lora_
 from lowrank_adapters.dora import DoRA, DoRALinear, ScaledLoRALinear
 from lowrank_adapters.dylora import DyLoRA, DyLoRALinear, RankSampler, set_rank_
 from lowrank_adapters.errors import AdapterError
@@ -63,6 +64,7 @@ __all__ = [
     "adapter_state_dict",
     "collect_activations",
     "collect_gradients",
+    "convert_to_lora_",
     "disable_adapters",
     "export_peft",
     "freeze_base_",
