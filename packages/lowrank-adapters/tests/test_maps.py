@@ -88,7 +88,9 @@ def test_matrix_is_the_weight_by_output_and_input(name):
         y = linear_map.down(x, linear_map.matrix(base))
         bias = getattr(base, "bias", None)
         if bias is not None:
-            y = y + bias.view(-1, *(1,) * (y.dim() - 2 if "conv2d" in name or name == "conv1d" else 0))
+            y = y + bias.view(
+                -1, *(1,) * (y.dim() - 2 if "conv2d" in name or name == "conv1d" else 0)
+            )
         torch.testing.assert_close(y, base(x), rtol=1e-12, atol=1e-12)
     dense = dense_matrix(linear_map, base)
     assert torch.equal(dense, linear_map.matrix(base))
@@ -175,8 +177,8 @@ def test_update_is_rounded_once_into_a_narrow_weight():
         ),
         (
             nn.Embedding(5, 4, max_norm=1.0),
-            "its max_norm is 1.0, by which a forward pass changes the weight; expected None: set it "
-            "to None or exclude it.",
+            "its max_norm is 1.0, by which a forward pass changes the weight; expected None: set "
+            "it to None or exclude it.",
         ),
         (
             nn.MultiheadAttention(4, 2).out_proj,

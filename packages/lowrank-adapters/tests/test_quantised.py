@@ -1,5 +1,7 @@
 """Bases whose weight is quantised: called as they are, and never touched."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn

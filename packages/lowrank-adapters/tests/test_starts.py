@@ -109,7 +109,7 @@ def test_every_factor_that_may_learn_does(method, start):
 @MOVING
 @pytest.mark.parametrize("method", ["lora", "svd", "dylora", "dora-scalar"])
 def test_update_is_the_difference_of_the_products(method, start):
-    model, layers = started(method, start)
+    _, layers = started(method, start)
     layer = layers["0"]
     before = product(layer)
     if hasattr(layer, "rank_mask"):
@@ -296,12 +296,12 @@ def test_what_a_start_cannot_be_computed_from(kit):
     before = layers["0"].a.clone()
     refuse = lambda *args: kit.error_text(start_factors_, layers, *args)  # noqa: E731
     assert refuse(GradientStep()) == (
-        "0: GradientStep needs the gradient; inject with another start, collect the statistics, and "
-        "call start_factors_ with them."
+        "0: GradientStep needs the gradient; inject with another start, collect the statistics, "
+        "and call start_factors_ with them."
     )
     assert refuse(PrincipalActivations(), {"0": torch.zeros(7, 6)}) == (
-        "0: PrincipalActivations got (7, 6) as the activations, expected (6, 6); collect them on this "
-        "model."
+        "0: PrincipalActivations got (7, 6) as the activations, expected (6, 6); collect them on "
+        "this model."
     )
     assert refuse(GradientStep(), {"0": torch.full((7, 6), torch.nan)}) == (
         "0: GradientStep got numbers that are not finite as the gradient; look for the batch that "
@@ -309,8 +309,8 @@ def test_what_a_start_cannot_be_computed_from(kit):
     )
     wide = LoRA(rank=4, alpha=1.0).build(nn.Linear(6, 7), device="cpu", dtype=WIDE)
     assert kit.error_text(wide.start_, GradientApproximation(), torch.zeros(7, 6)) == (
-        "rank is 4, but GradientApproximation needs 2 · rank directions of a matrix 7 x 6; choose a "
-        "rank of 1 to 3."
+        "rank is 4, but GradientApproximation needs 2 · rank directions of a matrix 7 x 6; choose "
+        "a rank of 1 to 3."
     )
     assert torch.equal(layers["0"].a, before)
     check_statistic(UnitRows(), None, 7, 6)

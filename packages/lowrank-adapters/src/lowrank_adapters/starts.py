@@ -209,8 +209,8 @@ def check_statistic(start: Start, statistic: Tensor | None, out_width: int, in_w
     expected = (in_width, in_width) if start.needs == "activations" else (out_width, in_width)
     if tuple(statistic.shape) != expected:
         raise AdapterError(
-            f"{name} got {tuple(statistic.shape)} as the {start.needs}, expected {expected}; collect "
-            "them on this model."
+            f"{name} got {tuple(statistic.shape)} as the {start.needs}, expected {expected}; "
+            "collect them on this model."
         )
     if not statistic.isfinite().all():
         raise AdapterError(
