@@ -108,6 +108,13 @@ def shaken(model, scale=0.3, names=("lora_",)):
     return model
 
 
+@torch.no_grad()
+def shake_factors(layers, scale=0.3):
+    for layer in layers.values():
+        for _, factor in layer.factors():
+            factor.add_(scale * torch.randn(factor.shape))
+
+
 @pytest.fixture(scope="session")
 def kit():
     return SimpleNamespace(
@@ -116,6 +123,7 @@ def kit():
         build=build,
         loss_of=loss_of,
         peft_config=peft_config,
+        shake_factors=shake_factors,
         shaken=shaken,
         tokens=tokens,
         with_peft=with_peft,

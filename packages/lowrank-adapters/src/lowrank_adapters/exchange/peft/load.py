@@ -72,15 +72,7 @@ def import_peft_(
     modules, whole = _split(tensors)
     maps = adaptable(model)
     _refuse_missing_modules(modules, maps)
-    plans = {}
-    for name in modules:
-        try:
-            linear_map = maps[name] or map_of(model.get_submodule(name))
-            plan = _plan(name, config, linear_map, modules[name])
-        except AdapterError as error:
-            raise AdapterError(f"{name}: {error}") from error
-        if plan is not None:
-            plans[name] = plan
+    plans = _plans(model, maps, modules, config)
     targets = _places_of_whole(model, whole, config.whole)
     makers = {name: plan.make for name, plan in plans.items()}
     layers = build_layers(model, makers, device=device, factor_dtype=factor_dtype)
@@ -132,6 +124,25 @@ def _refuse_missing_modules(modules: Mapping[str, Parts], maps: Mapping[str, Map
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"
+
+
+def _plans(
+    model: nn.Module,
+    maps: Mapping[str, Map | None],
+    modules: Mapping[str, Parts],
+    config: PeftConfig,
+) -> dict[str, _Plan]:
+    plans = {}
+    for name, found in maps.items():
+        if name in modules:
+            try:
+                linear_map = found or map_of(model.get_submodule(name))
+                plan = _plan(name, config, linear_map, modules[name])
+            except AdapterError as error:
+                raise AdapterError(f"{name}: {error}") from error
+            if plan is not None:
+                plans[name] = plan
+    return plans
 
 
 def _plan(name: str, config: PeftConfig, linear_map: Map, parts: Parts) -> _Plan | None:
