@@ -11,14 +11,14 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
 PACKAGES = ("hyper-core", "lowrank-adapters", "rank-budget", "hyper-tune")
 ALL = [f"packages/{name}" for name in PACKAGES]
-EVERYTHING = [*ALL[:2], f"{ALL[2]}[plot]", f"{ALL[3]}[torchtune]"]
+EVERYTHING = [ALL[0], f"{ALL[1]}[gguf]", f"{ALL[2]}[plot]", f"{ALL[3]}[torchtune]"]
 TEST_TOOLS = ["pytest", "hypothesis", "numpy"]
 
 # What each set of tests needs beside TEST_TOOLS. A package is tested without its siblings, as it
 # is installed elsewhere; PEFT and torchtune are never in one environment.
 SUITES = {
     "hyper-core": (["packages/hyper-core"], ["packages/hyper-core/tests"]),
-    "lowrank-adapters": (["packages/lowrank-adapters"], ["packages/lowrank-adapters/tests"]),
+    "lowrank-adapters": (["packages/lowrank-adapters[gguf]"], ["packages/lowrank-adapters/tests"]),
     "rank-budget": (["packages/rank-budget[plot]"], ["packages/rank-budget/tests"]),
     "hyper-tune": (
         [*ALL[:3], f"{ALL[3]}[torchtune,hf]", "psutil"],

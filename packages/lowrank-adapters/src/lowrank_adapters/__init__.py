@@ -4,6 +4,7 @@ from lowrank_adapters.convert import convert_to_lora_
 from lowrank_adapters.dora import DoRA, DoRALinear, ScaledLoRALinear
 from lowrank_adapters.dylora import DyLoRA, DyLoRALinear, RankSampler, set_rank_
 from lowrank_adapters.errors import AdapterError
+from lowrank_adapters.exchange.gguf import export_gguf
 from lowrank_adapters.exchange.peft.export import export_peft
 from lowrank_adapters.exchange.peft.load import import_peft_
 from lowrank_adapters.inject import (
@@ -66,6 +67,7 @@ __all__ = [
     "collect_gradients",
     "convert_to_lora_",
     "disable_adapters",
+    "export_gguf",
     "export_peft",
     "freeze_base_",
     "import_peft_",

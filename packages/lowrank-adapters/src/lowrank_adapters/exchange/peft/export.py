@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lowrank_adapters.dora import DoRALinear
 from lowrank_adapters.errors import AdapterError
+from lowrank_adapters.exchange.padded import TransformB, pad, update_of
 from lowrank_adapters.exchange.peft.layout import (
     ADALORA_A,
     ADALORA_B,
@@ -37,7 +36,7 @@ def export_peft(
     *,
     form: Form = "padded",
     rename: Callable[[str], str] = str,
-    transform_b: Callable[[str, Tensor], Tensor] = lambda _, b: b,
+    transform_b: TransformB = lambda _, b: b,
     modules_to_save: Mapping[str, nn.Module] | None = None,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
@@ -77,10 +76,7 @@ def export_peft(
         raise AdapterError("there are no layers to export; inject adapters first.")
     if folder.exists() and not (folder / CONFIG).is_file():
         raise AdapterError(f"{folder} exists and is no adapter; give a folder of its own.")
-    modules = {
-        rename(name): _Module(name, layer, partial(transform_b, name))
-        for name, layer in layers.items()
-    }
+    modules = {rename(name): _Module(name, layer, transform_b) for name, layer in layers.items()}
     tensors, config = _form(form)(modules)
     whole, saved = _whole_modules(modules_to_save or {}, rename)
     config |= {
@@ -99,11 +95,17 @@ def export_peft(
 
 
 class _Module(NamedTuple):
-    """A layer to be exported: its name here, and what reorders its output rows."""
+    """A layer to be exported, with its name here."""
 
     where: str
     layer: LowRankLinear
-    turn: Callable[[Tensor], Tensor]
+    transform_b: TransformB
+
+    def update(self) -> tuple[Tensor, Tensor]:
+        return update_of(self.where, self.layer, self.transform_b)
+
+    def turn(self, b: Tensor) -> Tensor:
+        return self.transform_b(self.where, b)
 
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -118,18 +120,18 @@ def _form(name: str) -> Callable[[Mapping[str, _Module]], tuple[Tensors, Config]
 
 
 def _padded(modules: Mapping[str, _Module]) -> tuple[Tensors, Config]:
-    updates = {name: _update(module) for name, module in modules.items()}
+    updates = {name: module.update() for name, module in modules.items()}
     rank = max(1, *(len(a) for a, _ in updates.values()))
-    tensors = {n: _lora(modules[n], *_pad(a, b, rank)) for n, (a, b) in updates.items()}
+    tensors = {n: _lora(modules[n], *pad(a, b, rank)) for n, (a, b) in updates.items()}
     return tensors, _lora_config(modules, rank)
 
 
 def _compact(modules: Mapping[str, _Module]) -> tuple[Tensors, Config]:
-    updates = {name: _update(module) for name, module in modules.items()}
+    updates = {name: module.update() for name, module in modules.items()}
     live = {name: (a, b) for name, (a, b) in updates.items() if len(a)}
     if not live:
         first = next(iter(updates))
-        live = {first: _pad(*updates[first], 1)}
+        live = {first: pad(*updates[first], 1)}
     ranks = {name: len(a) for name, (a, _) in live.items()}
     config = _lora_config(modules, max(ranks.values()))
     if len(set(ranks.values())) > 1:
@@ -137,18 +139,6 @@ def _compact(modules: Mapping[str, _Module]) -> tuple[Tensors, Config]:
         pattern = {name: ranks[name] for name in sorted(ranks, key=len, reverse=True)}
         config |= {"rank_pattern": pattern, "alpha_pattern": pattern}
     return {name: _lora(modules[name], a, b) for name, (a, b) in live.items()}, config
-
-
-def _update(module: _Module) -> tuple[Tensor, Tensor]:
-    a, b = (factor.float() for factor in module.layer.as_lora())
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise AdapterError(f"{module.where} has factors that are not finite; nothing was written.")
-    return a, module.turn(b)
-
-
-def _pad(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    padding = rank - len(a)
-    return functional.pad(a, (0, 0, 0, padding)), functional.pad(b, (0, padding))
 
 
 def _lora(module: _Module, a: Tensor, b: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,35 @@
+"""Plain LoRA of one rank, with everything folded into B, that every reader scales alike."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional
+
+from lowrank_adapters.errors import AdapterError
+from lowrank_adapters.layer import LowRankLinear
+
+TransformB = Callable[[str, Tensor], Tensor]
+
+
+def update_of(name: str, layer: LowRankLinear, transform_b: TransformB) -> tuple[Tensor, Tensor]:
+    """Return A (k, in) and B (out, k) of a layer in float32, B's rows as ``transform_b`` has them.
+
+    Raises:
+        AdapterError: a value is not finite.
+    """
+    a, b = (factor.float() for factor in layer.as_lora())
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise AdapterError(f"{name} has factors that are not finite; nothing was written.")
+    return a, transform_b(name, b)
+
+
+def pad(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A (rank, in) and B (out, rank) with components of zero after those that there are.
+
+    >>> import torch
+    >>> a, b = pad(torch.ones(1, 2), torch.ones(3, 1), rank=2)
+    >>> a.tolist(), b.tolist()
+    ([[1.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    """
+    padding = rank - len(a)
+    return functional.pad(a, (0, 0, 0, padding)), functional.pad(b, (0, padding))
