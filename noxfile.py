@@ -18,7 +18,10 @@ TEST_TOOLS = ["pytest", "hypothesis", "numpy"]
 # is installed elsewhere; PEFT and torchtune are never in one environment.
 SUITES = {
     "hyper-core": (["packages/hyper-core"], ["packages/hyper-core/tests"]),
-    "lowrank-adapters": (["packages/lowrank-adapters[gguf]"], ["packages/lowrank-adapters/tests"]),
+    "lowrank-adapters": (
+        ["packages/lowrank-adapters[gguf]", "torchao"],
+        ["packages/lowrank-adapters/tests"],
+    ),
     "rank-budget": (["packages/rank-budget[plot]"], ["packages/rank-budget/tests"]),
     "hyper-tune": (
         [*ALL[:3], f"{ALL[3]}[torchtune,hf]", "psutil"],
@@ -48,6 +51,19 @@ def quickstart(session: nox.Session) -> None:
     """Fine-tune a small Llama with HyperAdaLoRA, from nothing to an exported adapter."""
     install(session, *EVERYTHING)
     session.run("python", "recipes/quickstart/quickstart.py", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def bench(session: nox.Session) -> None:
+    """Measure the layers against PEFT's and torchtune's, into benchmarks/results/."""
+    install(session, "packages/lowrank-adapters", "torchtune", "torchao")
+    peft = Path(session.create_tmp()) / "peft"
+    session.run("python", "-m", "venv", str(peft))
+    python = str(peft / "bin" / "python")
+    needs = ("packages/lowrank-adapters", "peft")
+    session.run(python, "-m", "pip", "install", "-q", *CONSTRAINTS, *needs, external=True)
+    output = ("--output", "benchmarks/results/layers.md")
+    session.run("python", "benchmarks/layers.py", "--peft", python, *output, *session.posargs)
 
 
 @nox.session

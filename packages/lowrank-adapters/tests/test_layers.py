@@ -316,3 +316,25 @@ def test_update_is_added_by_the_product_itself(kit):
         layer(torch.randn(3, 64))
     assert (mode.operations["addmm"], mode.operations["mm"]) == (2, 1)
     assert not mode.operations.keys() & {"mul", "add", "clone", "copy_"}
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
+def test_other_tensors_may_stand_in_the_factors_places(kind):
+    layer = make(kind)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    others = {role: 2 * factor for role, factor in layer.factors()}
+    found = torch.func.functional_call(layer, others, (x,))
+    torch.autograd.grad(found.sum(), [factor for _, factor in layer.factors()])
+    with torch.no_grad():
+        for _, factor in layer.factors():
+            factor.mul_(2)
+    assert torch.equal(layer(x), found)
+
+
+def test_a_factor_may_be_a_plain_tensor():
+    layer = make(LoRALinear)
+    x, expected = torch.randn(7, 6, dtype=torch.float64), layer.a.detach().clone()
+    y = layer(x)
+    del layer.a
+    layer.a = expected
+    assert torch.equal(layer(x), y)

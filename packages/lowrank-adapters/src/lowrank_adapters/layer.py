@@ -166,7 +166,9 @@ class LowRankLinear(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the factors."""
-        return self.get_parameter(self.roles[0]).dtype
+        # Whatever stands in a factor's place, as under torch.func.functional_call.
+        factor: Tensor = getattr(self, self.roles[0])
+        return factor.dtype
 
     def product(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Return A (k, in) and B (out, k), by which the update is s · B A; differentiable.
