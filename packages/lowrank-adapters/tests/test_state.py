@@ -9,12 +9,15 @@ from torch import nn
 
 from lowrank_adapters import (
     SVD,
+    DyLoRA,
     FactorStack,
     LoRA,
+    RankSampler,
     adapter_state_dict,
     load_adapter_,
     load_adapter_state_dict_,
     save_adapter,
+    set_rank_,
 )
 
 FILE = "adapter.safetensors"
@@ -93,6 +96,18 @@ def test_saved_adapter_is_loaded_bit_for_bit(kit, tmp_path, make, stacked):
                 key = f"{name}.{group.role}"
                 tokens = other_layers[name].as_tokens(group.role, saved[key])
                 assert torch.equal(group.values[index], tokens), key
+
+
+def test_layers_that_share_a_mask_are_saved_and_loaded(kit, tmp_path):
+    model, layers = kit.adapted(DyLoRA(rank=3, alpha=4.5))
+    RankSampler(layers, seed=0)
+    set_rank_(layers, 2)
+    assert len({layer.rank_mask.data_ptr() for layer in layers.values()}) == 1
+    saved = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+    save_adapter(model, tmp_path)
+    set_rank_(layers, 1)
+    load_adapter_(model, tmp_path)
+    torch.testing.assert_close(adapter_state_dict(model), saved, rtol=0, atol=0)
 
 
 def test_saving_again_replaces_the_file(kit, tmp_path):

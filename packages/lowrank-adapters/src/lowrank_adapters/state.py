@@ -103,7 +103,11 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     A file that is there is replaced once the new one is on the disk.
     """
     path = Path(folder) / FILE
-    state = {name: tensor.contiguous() for name, tensor in adapter_state_dict(model).items()}
+    # Copies: layers may share a mask, and safetensors takes no two tensors of one storage.
+    state = {
+        name: tensor.to("cpu", copy=True).contiguous()
+        for name, tensor in adapter_state_dict(model).items()
+    }
     metadata = {"format": _FORMAT, "layers": json.dumps(_description(model))}
     replace_file(path, lambda temporary: save_file(state, temporary, metadata=metadata))
     return path

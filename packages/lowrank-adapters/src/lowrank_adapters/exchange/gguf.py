@@ -1,7 +1,7 @@
 """llama.cpp's adapters: plain LoRA in a GGUF file, for llama-cli's ``--lora``."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowrank_adapters.dora import DoRALinear
 from lowrank_adapters.errors import AdapterError
-from lowrank_adapters.exchange.padded import TransformB, pad, update_of
+from lowrank_adapters.exchange.padded import TransformB, pad, renamed, update_of
 from lowrank_adapters.files import replace_file
 from lowrank_adapters.layer import LowRankLinear
 from lowrank_adapters.maps import LinearMap
@@ -63,18 +63,19 @@ def export_gguf(
         raise AdapterError(
             f"architecture is {architecture!r}, expected one of {', '.join(_ARCHITECTURES)}."
         )
+    names = renamed(layers, rename)
     updates = {}
     for name, layer in layers.items():
         _check_kind(name, layer)
         a, b = update_of(name, layer, transform_b)
         if architecture == "llama":
-            b = _interleaved(name, b, rename(name), heads, key_value_heads)
+            b = _interleaved(name, b, names[name], heads, key_value_heads)
         updates[name] = a, b
     rank = max(1, *(len(a) for a, _ in updates.values()))
-    find = _name_finder(gguf, architecture, [rename(name) for name in layers])
+    find = _name_finder(gguf, architecture, names.values())
     tensors = {}
     for name, (a, b) in updates.items():
-        weight = find(name, rename(name))
+        weight = find(name, names[name])
         tensors[f"{weight}.lora_a"], tensors[f"{weight}.lora_b"] = pad(a, b, rank)
     path = Path(path)
     replace_file(path, lambda temporary: _write(gguf, temporary, architecture, rank, tensors))
@@ -99,16 +100,16 @@ def _check_kind(name: str, layer: LowRankLinear) -> None:
         )
 
 
-def _name_finder(gguf: Any, architecture: str, names: list[str]) -> Callable[[str, str], str]:
+def _name_finder(gguf: Any, architecture: str, names: Iterable[str]) -> Callable[[str, str], str]:
     numbers = [int(number) for name in names for number in re.findall(r"(?<=\.)\d+(?=\.)", name)]
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     known = gguf.get_tensor_name_map(kinds[architecture], max(numbers, default=0) + 1)
 
-    def find(where: str, renamed: str) -> str:
-        found: str | None = known.get_name(f"{renamed}.weight", try_suffixes=(".weight",))
+    def find(where: str, there: str) -> str:
+        found: str | None = known.get_name(f"{there}.weight", try_suffixes=(".weight",))
         if found is None:
             raise AdapterError(
-                f"{where} has the name {renamed}, which llama.cpp's {architecture} does not know; "
+                f"{where} has the name {there}, which llama.cpp's {architecture} does not know; "
                 "give `rename` to the names of transformers."
             )
         return found
@@ -116,10 +117,10 @@ def _name_finder(gguf: Any, architecture: str, names: list[str]) -> Callable[[st
     return find
 
 
-def _interleaved(name: str, b: Tensor, renamed: str, heads: int, key_value_heads: int) -> Tensor:
+def _interleaved(name: str, b: Tensor, there: str, heads: int, key_value_heads: int) -> Tensor:
     """Return Llama's rows in llama.cpp's order: (2, half) of each head becomes (half, 2)."""
     kinds = {"q_proj": ("heads", heads), "k_proj": ("key_value_heads", key_value_heads)}
-    kind = renamed.rpartition(".")[2]
+    kind = there.rpartition(".")[2]
     if kind not in kinds:
         return b
     what, count = kinds[kind]

@@ -1,6 +1,6 @@
 """Plain LoRA of one rank, with everything folded into B, that every reader scales alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 from torch.nn import functional
@@ -9,6 +9,23 @@ from lowrank_adapters.errors import AdapterError
 from lowrank_adapters.layer import LowRankLinear
 
 TransformB = Callable[[str, Tensor], Tensor]
+
+
+def renamed(names: Iterable[str], rename: Callable[[str], str]) -> dict[str, str]:
+    """Return each name's new name.
+
+    Raises:
+        AdapterError: two names would become one.
+    """
+    new: dict[str, str] = {}
+    for name in names:
+        first = new.setdefault(rename(name), name)
+        if first != name:
+            raise AdapterError(
+                f"rename gives {first} and {name} the one name {rename(name)}; give each module a "
+                "name of its own."
+            )
+    return {name: there for there, name in new.items()}
 
 
 def update_of(name: str, layer: LowRankLinear, transform_b: TransformB) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lowrank_adapters.errors import AdapterError
 
 _LIMIT = 1 << 24
+_REPETITIONS = 3
 # Other starts change the base's weight, which the folder does not hold.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # These change what a layer computes, and leave no trace among the tensors.
@@ -114,6 +115,12 @@ def _number(fields: dict[str, Any], name: str, default: float) -> float:
 def _alphas(config: dict[str, Any]) -> dict[str, float]:
     patterns = _object(config, "alpha_pattern")
     for pattern in patterns:
+        # A folder is from a stranger, and a pattern of many repetitions can take for ever.
+        if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > _REPETITIONS:
+            raise AdapterError(
+                f"alpha_pattern has {pattern!r}, expected at most {_REPETITIONS} repetitions, and "
+                "none of a group; write it plainer."
+            )
         try:
             re.compile(pattern)
         except re.error as error:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_adapters.dora import DoRALinear
 from lowrank_adapters.errors import AdapterError
-from lowrank_adapters.exchange.padded import TransformB, pad, update_of
+from lowrank_adapters.exchange.padded import TransformB, pad, renamed, update_of
 from lowrank_adapters.exchange.peft.layout import (
     ADALORA_A,
     ADALORA_B,
@@ -76,7 +76,8 @@ def export_peft(
         raise AdapterError("there are no layers to export; inject adapters first.")
     if folder.exists() and not (folder / CONFIG).is_file():
         raise AdapterError(f"{folder} exists and is no adapter; give a folder of its own.")
-    modules = {rename(name): _Module(name, layer, transform_b) for name, layer in layers.items()}
+    names = renamed(layers, rename)
+    modules = {names[n]: _Module(n, layer, transform_b) for n, layer in layers.items()}
     tensors, config = _form(form)(modules)
     whole, saved = _whole_modules(modules_to_save or {}, rename)
     config |= {
