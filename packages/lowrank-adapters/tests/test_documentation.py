@@ -22,10 +22,17 @@ REFUSING = [
     "LoRALinear",
     "LowRankLinear",
     "SVDLinear",
+    "convert_to_lora_",
+    "disable_adapters",
+    "export_gguf",
     "export_peft",
+    "import_peft_",
     "inject_adapters_",
     "load_adapter_",
     "load_adapter_state_dict_",
+    "merge_",
+    "merged",
+    "unmerge_",
 ]
 
 
