@@ -18,10 +18,19 @@ MODULES = ["lowrank_adapters"] + [
     module.name for module in pkgutil.walk_packages(lowrank_adapters.__path__, "lowrank_adapters.")
 ]
 REFUSING = [
+    "DoRA",
+    "DoRALinear",
+    "DyLoRALinear",
     "FactorStack",
+    "GradientApproximation",
     "LoRALinear",
     "LowRankLinear",
+    "LowRankMaker",
+    "RankSampler",
     "SVDLinear",
+    "ScaledLoRALinear",
+    "collect_activations",
+    "collect_gradients",
     "convert_to_lora_",
     "disable_adapters",
     "export_gguf",
@@ -30,8 +39,11 @@ REFUSING = [
     "inject_adapters_",
     "load_adapter_",
     "load_adapter_state_dict_",
+    "materialise_",
     "merge_",
     "merged",
+    "set_rank_",
+    "start_factors_",
     "unmerge_",
 ]
 

@@ -117,9 +117,16 @@ def test_row_of_zeros_stays_finite_and_may_learn():
     assert torch.equal(layer(x), base(x))
     layer(x).square().sum().backward()
     assert all(factor.grad.isfinite().all() for _, factor in layer.factors())
+    assert not layer.delta().any()
     nn.init.ones_(layer.b)
     assert layer(x).isfinite().all()
     assert layer.delta().isfinite().all()
+
+
+def test_norms_of_the_base_are_not_saved():
+    layer = make()
+    assert {name for name, _ in layer.owned()} == {"a", "b", "magnitude"}
+    assert "row_norms" not in layer.state_dict()
 
 
 def test_no_tensor_of_the_size_of_the_weight_is_made(kit):
@@ -194,6 +201,23 @@ def test_base_on_meta_waits_for_its_weights(kit, start):
         model[0].magnitude.mul_(2)
     materialise_(model)  # what a user has trained stays
     torch.testing.assert_close(model[0].magnitude, 2 * base.weight.norm(dim=1))
+
+
+def test_dropout_acts_on_the_updates_input():
+    layer = make()
+    layer.dropout = 0.25
+    x = torch.randn(7, 6, **WIDE)
+    torch.manual_seed(2)
+    found = layer(x)
+    torch.manual_seed(2)
+    dropped = nn.functional.dropout(x, 0.25)
+    weight, update = layer.base.weight, 1.5 * layer.b @ layer.a
+    gain = layer.magnitude / (weight + update).norm(dim=1)
+    expected = layer.base.bias + gain * (x @ weight.T + dropped @ update.T)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    layer.eval()
+    expected = layer.base.bias + gain * (x @ (weight + update).T)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_other_bases_are_refused(kit):

@@ -14,9 +14,11 @@ from lowrank_adapters.inject import (
     inside_adapters,
     remove_adapters_,
 )
-from lowrank_adapters.layer import LowRankLinear, LowRankMaker, materialise_
+from lowrank_adapters.layer import LowRankLinear
 from lowrank_adapters.lora import LoRA, LoRALinear
+from lowrank_adapters.maker import LowRankMaker
 from lowrank_adapters.merge import disable_adapters, merge_, merged, unmerge_
+from lowrank_adapters.meta import materialise_
 from lowrank_adapters.penalty import accumulate_orthogonality_gradient_, orthogonality_penalty
 from lowrank_adapters.stacked import FactorGroup, FactorStack
 from lowrank_adapters.starts import (

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_adapters.errors import AdapterError
-from lowrank_adapters.layer import LowRankLinear, LowRankMaker
+from lowrank_adapters.layer import LowRankLinear
 from lowrank_adapters.lora import LoRALinear
+from lowrank_adapters.maker import LowRankMaker
 
 
 class DyLoRALinear(LoRALinear):

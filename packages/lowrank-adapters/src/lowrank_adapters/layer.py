@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +83,7 @@ class LowRankLinear(nn.Module):
                 f"rank is {rank}, but the matrix is {self.out_features} x {self.in_features}; "
                 f"choose a rank of 1 to {limit}, or exclude the module."
             )
-        _check_dropout(dropout)
+        check_dropout(dropout)
         if dropout and isinstance(self.map, EmbeddingMap):
             raise AdapterError(
                 f"dropout is {dropout}, but an embedding takes indices, which cannot be dropped; "
@@ -281,49 +280,11 @@ class LowRankLinear(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}"
 
 
-def _check_dropout(dropout: float) -> None:
+def check_dropout(dropout: float) -> None:
+    """Refuse what is no probability below one.
+
+    Raises:
+        AdapterError: ``dropout`` is outside [0, 1).
+    """
     if not 0 <= dropout < 1:
         raise AdapterError(f"dropout is {dropout}, expected a probability from 0 to below 1.")
-
-
-def materialise_(model: nn.Module) -> None:
-    """Compute what low-rank layers could not while their bases were on the meta device.
-
-    Call it when the base's weights are loaded, before a saved adapter is: DoRA's magnitudes and
-    starts from the weight are set by it.
-
-    Raises:
-        AdapterError: a layer waits whose base is still on the meta device.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            try:
-                module.materialise_()
-            except AdapterError as error:
-                raise AdapterError(f"{name}: {error}") from error
-
-
-@dataclass(frozen=True)
-class LowRankMaker:
-    """What to build around a linear map: the arguments of `LowRankLinear`, validated.
-
-    Raises:
-        AdapterError: a value that no layer can have.
-    """
-
-    rank: int
-    alpha: float
-    rslora: bool = False
-    dropout: float = 0.0
-    start: Start = UnitRows()  # noqa: RUF009 - frozen
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise AdapterError(f"rank is {self.rank}, expected at least 1.")
-        if not 0 < self.alpha < math.inf:
-            raise AdapterError(f"alpha is {self.alpha}, expected a finite number above 0.")
-        _check_dropout(self.dropout)
-
-    def common(self) -> dict[str, Any]:
-        """Return the arguments that every layer takes, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(LowRankMaker)}

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowrank_adapters.layer import LowRankLinear, LowRankMaker
+from lowrank_adapters.layer import LowRankLinear
+from lowrank_adapters.maker import LowRankMaker
 from lowrank_adapters.starts import Components
 
 
