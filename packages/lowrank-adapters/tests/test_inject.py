@@ -14,6 +14,8 @@ ALL = [f"layers.{i}.{name}" for i in (0, 1) for name in BLOCK]
 NOTHING = "matches no module that can be adapted;"
 KINDS = "the model has embedding, output, q_proj, v_proj, w1, w2."
 
+NEAR_Q = rf"'re:layers\\.0\\.q_pro' {NOTHING} did you mean q_proj or v_proj? {KINDS}"
+
 
 def text_and_unchanged(kit, model, *args, **options):
     """The text of the refusal, having seen that the model was left as it was."""
@@ -104,6 +106,8 @@ def test_all_linear_leaves_out_heads():
     model["classifier"] = nn.ModuleDict({"dense": nn.Linear(2, 2)})
     found = list(inject_adapters_(model, LoRA(rank=1, alpha=1.0)))
     assert found == ["output_proj", "encoder.output.dense"]
+    block = nn.ModuleDict({"output": nn.ModuleDict({"dense": nn.Linear(2, 2)})})
+    assert list(inject_adapters_(block, LoRA(rank=1, alpha=1.0))) == ["output.dense"]
 
 
 def test_all_linear_leaves_out_what_the_model_says_is_its_head(kit):
@@ -217,6 +221,7 @@ def test_base_on_the_meta_device_takes_factors_elsewhere(kit):
             {"targets": [re.compile("q_proj")]},
             f"'re:q_proj' {NOTHING} did you mean q_proj or v_proj? {KINDS}",
         ),
+        ({"targets": r"re:layers\.0\.q_pro"}, NEAR_Q),
         (
             {"targets": "re:(q"},
             "'re:(q' is no regular expression: missing ), unterminated subpattern at position 0.",

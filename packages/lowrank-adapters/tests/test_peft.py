@@ -1,6 +1,7 @@
 """The export: its product is the update itself; a folder is replaced as a whole or not at all."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,6 +208,27 @@ def test_failure_to_write_leaves_all_as_it_was(kit, tmp_path, monkeypatch, earli
     assert names_in(tmp_path) == (["adapter"] if earlier else [])
     if earlier:
         assert contents(folder) == before
+
+
+def test_earlier_export_comes_back_when_the_new_one_cannot_take_its_name(
+    kit, tmp_path, monkeypatch
+):
+    layers = svd_layers(kit, (3, 2))
+    folder = export_peft(layers, tmp_path / "adapter")
+    before = contents(folder)
+    rename = Path.rename
+
+    def fail_once(path, target):
+        if target == folder:
+            monkeypatch.undo()
+            raise OSError("device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(OSError, match="busy"):
+        export_peft(layers, folder)
+    assert contents(folder) == before
+    assert names_in(tmp_path) == ["adapter"]
 
 
 def test_masked_components_may_hold_anything(kit, tmp_path):

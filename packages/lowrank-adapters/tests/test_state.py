@@ -9,11 +9,13 @@ from torch import nn
 
 from lowrank_adapters import (
     SVD,
+    DoRA,
     DyLoRA,
     FactorStack,
     LoRA,
     RankSampler,
     adapter_state_dict,
+    inject_adapters_,
     load_adapter_,
     load_adapter_state_dict_,
     save_adapter,
@@ -263,6 +265,17 @@ def test_factors_on_the_meta_device(kit, tmp_path):
     state = load_file(tmp_path / FILE)
     assert kit.error_text(load_adapter_state_dict_, model, state) == (
         "layers.0.q_proj.q is on the meta device; put the factors on a real one first."
+    )
+
+
+def test_layers_that_would_be_computed_again_over_what_was_loaded(kit):
+    state = adapter_state_dict(kit.adapted(DoRA(rank=2, alpha=1.0), targets="q_proj")[0])
+    with torch.device("meta"):
+        model = kit.Decoder()
+    inject_adapters_(model, DoRA(rank=2, alpha=1.0), "q_proj")
+    assert kit.error_text(load_adapter_state_dict_, model, state) == (
+        "layers.0.q_proj waits for the weights of its base, which was on the meta device; load "
+        "them and call materialise_(model) first."
     )
 
 

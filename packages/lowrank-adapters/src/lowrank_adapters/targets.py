@@ -54,7 +54,7 @@ def by_module(what: str, patterns: Mapping[str, Value], names: Sequence[str]) ->
             names, pattern, f"{what}: {{}} matches no adapted module", "adapted are"
         ):
             values.setdefault(name, value)
-    return {name: values[name] for name in names if name in values}
+    return values
 
 
 def matching(
