@@ -178,6 +178,17 @@ def test_classification_head_that_we_trained(kit, tmp_path, name, form):
     torch.testing.assert_close(logits(again, batch), logits(model, batch), **TOLERANCE)
 
 
+def test_embedding_of_a_transformer_whose_weight_peft_saves_too(kit, tmp_path):
+    config = kit.peft_config("lora", ["embed_tokens", "v_proj"])
+    theirs = kit.shaken(get_peft_model(kit.build("llama"), config)).eval()
+    theirs.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in keys
+    ours, batch = kit.build("llama"), kit.tokens()
+    import_peft_(ours, tmp_path)
+    torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), **TOLERANCE)
+
+
 class Mixed(nn.Module):
     """Every kind of module that LoRA is for, but transformers' Conv1D."""
 

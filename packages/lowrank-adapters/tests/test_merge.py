@@ -10,13 +10,17 @@ from torch import nn
 
 from lowrank_adapters import (
     SVD,
+    DoRA,
+    DyLoRA,
     LoRA,
+    PrincipalWeights,
     disable_adapters,
     inject_adapters_,
     load_adapter_state_dict_,
     merge_,
     merged,
     remove_adapters_,
+    set_rank_,
     unmerge_,
 )
 
@@ -95,6 +99,38 @@ def test_merged_layer_of_every_kind_computes_the_same(kit, dtype, make, kind):
     assert torch.equal(layer(x), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "make",
+    [
+        DoRA(rank=3, alpha=1.5),
+        DoRA(rank=3, alpha=1.5, magnitude="scalar"),
+        DyLoRA(rank=3, alpha=1.5),
+        LoRA(rank=3, alpha=1.5, start=PrincipalWeights()),
+        SVD(rank=3, alpha=1.5, start=PrincipalWeights()),
+    ],
+)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_merged_layer_of_every_method_computes_the_same(kit, dtype, make, kind):
+    model, x = every_kind(dtype), inputs(dtype)[kind]
+    layer = inject_adapters_(model, make, [kind])[kind]
+    kit.shaken(model)
+    with torch.no_grad():
+        for role, factor in layer.factors():
+            if role == "magnitude":
+                factor.mul_(torch.rand(factor.shape) + 0.5)
+    if isinstance(make, DyLoRA):
+        set_rank_({kind: layer}, 2)
+    before, plain, expected = bits(model), layer.base(x), layer(x)
+    with merged(model):
+        found = layer(x)
+    assert (expected - plain).abs().max() > 0.1
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert_same(model, before)
+    assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("make", [LoRA(rank=3, alpha=1.5), SVD(rank=3, alpha=1.5)])
 def test_merged_weight_is_the_sum_of_weight_and_update(kit, twin, make):
     model, layers = kit.adapted(make)
@@ -134,7 +170,8 @@ def test_merging_and_unmerging_is_the_identity(data):
     rank = draw(st.integers(1, min(out_features, in_features)))
     dtype = draw(st.sampled_from(DTYPES))
     factor_dtype = draw(st.sampled_from(DTYPES))
-    make = draw(st.sampled_from([LoRA, SVD]))(rank, draw(st.floats(0.1, 100)))
+    method = draw(st.sampled_from([LoRA, SVD, DoRA, DyLoRA]))
+    make = method(rank, draw(st.floats(0.1, 100)))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     model = nn.Sequential(nn.Linear(in_features, out_features, bias=draw(st.booleans())))
     model.to(dtype)
