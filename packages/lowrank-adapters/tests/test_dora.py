@@ -86,14 +86,28 @@ def test_as_lora_is_the_direction():
     torch.testing.assert_close(b @ a, 1.5 * layer.b.detach() @ layer.a.detach())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor_dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_start_is_exactly_the_base(dtype, bias):
+def test_start_is_exactly_the_base(dtype, factor_dtype, bias):
     base = nn.Linear(60, 50, bias=bias, dtype=dtype)
-    layer = DoRALinear(base, rank=4, alpha=3.0)
+    layer = DoRALinear(base, rank=4, alpha=3.0, dtype=factor_dtype)
     x = torch.randn(7, 60, dtype=dtype)
     assert torch.equal(layer(x), base(x))
-    torch.testing.assert_close(layer.magnitude.double(), base.weight.double().norm(dim=1))
+    norms = base.weight.detach().double().norm(dim=1)
+    torch.testing.assert_close(layer.magnitude.detach(), norms.to(factor_dtype))
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer(x.bfloat16()), base(x.bfloat16()))
+
+
+def test_norms_of_narrow_factors_are_computed_in_wide_numbers():
+    layer = DoRALinear(nn.Linear(60, 50), rank=4, alpha=3.0, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.b.normal_()
+    a, b = layer.a.double(), layer.b.double()
+    expected = (layer.base.weight.double() + 0.75 * b @ a).norm(dim=1)
+    found = layer._norms(*layer.product(), torch.float32).double()
+    torch.testing.assert_close(found, expected, rtol=2**-9, atol=0)  # as row_norms is rounded
 
 
 def test_small_change_of_a_magnitude_is_felt_in_a_narrow_dtype():

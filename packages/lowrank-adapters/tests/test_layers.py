@@ -84,7 +84,7 @@ def test_masked_components_get_exactly_no_gradient_and_the_others_do():
 
 
 @pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_start_is_exactly_the_base_and_learns(kind, dtype):
     base = nn.Linear(6, 5, dtype=dtype)
     layer = kind(base, rank=4, alpha=3.0)

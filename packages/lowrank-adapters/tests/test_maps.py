@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_adapters import DyLoRALinear, LoRALinear, SVDLinear
+from lowrank_adapters import DoRALinear, DyLoRALinear, LoRALinear, SVDLinear
 from lowrank_adapters.maps import dense_matrix, map_of
 
 MASK = torch.tensor([True, False, True])
@@ -158,6 +158,64 @@ def test_multiply_is_the_product_without_the_bias(name):
     torch.testing.assert_close(
         map_of(other).multiply(other, rows), expected, rtol=1e-12, atol=1e-12
     )
+
+
+class Packed(nn.Module):
+    """As bitsandbytes' linear layers: the weight is bytes in another shape, numbers are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 6, 5
+        levels = torch.randint(256, (30, 1), dtype=torch.uint8)
+        self.weight = nn.Parameter(levels, requires_grad=False)
+        self.bias = nn.Parameter(torch.randn(5))
+
+    def numbers(self, dtype=torch.float32):
+        return self.weight.view(5, 6).to(dtype) / 128 - 1
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.numbers(x.dtype), self.bias.to(x.dtype))
+
+
+class Narrow(Packed):
+    """As layers in eight-bit floats: whole numbers beside a scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 6).to(torch.float8_e4m3fn), requires_grad=False)
+
+    def numbers(self, dtype=torch.float32):
+        return self.weight.to(dtype) / 3
+
+
+class Hidden(Packed):
+    """As layers of GPTQ: a buffer of another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("qweight", self.weight.data)
+        del self.weight
+
+    def numbers(self, dtype=torch.float32):
+        return self.qweight.view(5, 6).to(dtype) / 128 - 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [(Packed, "torch.uint8 numbers"), (Narrow, "torch.float8_e4m3fn numbers"), (Hidden, "missing")],
+)
+def test_weight_that_is_not_numbers_is_had_by_calling_the_base(kit, kind, what):
+    base = kind()
+    dense = dense_matrix(map_of(base), base)
+    torch.testing.assert_close(dense, base.numbers(), rtol=1e-5, atol=1e-5)
+    assert kit.error_text(map_of(base).add_, base, dense) == (
+        f"the weight of the {kind.__name__} is {what}, expected a whole floating-point tensor; its "
+        "values are not changed or read: dequantise or gather the base first."
+    )
+    x = torch.randn(7, 6)
+    for layer in (LoRALinear(base, 2, 1.0), SVDLinear(base, 2, 1.0), DoRALinear(base, 2, 1.0)):
+        assert torch.equal(layer(x), base(x))
+    torch.testing.assert_close(layer.magnitude, base.numbers().norm(dim=1))
 
 
 def test_update_is_rounded_once_into_a_narrow_weight():

@@ -76,7 +76,7 @@ def started(method, start, dtype=WIDE, factor_dtype=WIDE):
 
 @ALL_METHODS
 @ALL_STARTS
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_model_is_exactly_its_base_at_the_start(method, start, dtype):
     torch.manual_seed(1)
     base = network(dtype)
@@ -92,6 +92,31 @@ def test_model_is_exactly_its_base_at_the_start(method, start, dtype):
         torch.testing.assert_close(
             layer.delta(), torch.zeros(layer.delta().shape), check_dtype=False
         )
+
+
+@pytest.mark.parametrize("method", ["lora", "svd", "dora-scalar", "dylora"])
+@pytest.mark.parametrize("start", [s for s in STARTS if s.needs != "activations"], ids=str)
+def test_convolution_and_embedding_are_exactly_their_base_at_the_start(method, start):
+    for base, x in (
+        (nn.Conv2d(2, 5, 3), torch.randn(2, 2, 6, 5)),
+        (nn.Embedding(7, 5), torch.randint(7, (3, 4))),
+    ):
+        layer = METHODS[method].build(base, device="cpu", dtype=torch.float32)
+        layer.start_(start, torch.randn(layer.out_features, layer.in_features))
+        assert torch.equal(layer(x), base(x))
+        with torch.no_grad():
+            for _, factor in layer.factors():
+                factor.add_(0.5)
+        assert not torch.equal(layer(x), base(x))
+
+
+@ALL_STARTS
+def test_components_are_where_the_statistic_is(start):
+    size = (6, 6) if start.needs == "activations" else (7, 6)
+    for device in ("meta", "cpu"):
+        found = start.components(2, 7, 6, torch.ones(size, device=device), 1.0)
+        devices = {tensor.device.type for tensor in vars(found).values()}
+        assert devices == {"cpu" if start.needs == "nothing" else device}
 
 
 @ALL_METHODS

@@ -60,8 +60,9 @@ class DoRALinear(LoRALinear):
         if self._base_is_meta():
             self.waiting = True
             return
-        self.row_norms.copy_(dense_matrix(self.map, self.base).norm(dim=1))
-        self.magnitude.copy_(self.row_norms)
+        self.magnitude.copy_(dense_matrix(self.map, self.base).norm(dim=1))
+        # Rounded alike, so that their ratio is exactly one at the start.
+        self.row_norms.copy_(self.magnitude)
 
     def _adapted(self, y: Tensor, x: Tensor) -> Tensor:
         a, b = self.product()
@@ -78,7 +79,8 @@ class DoRALinear(LoRALinear):
 
     def _norms(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         """‖W + s B A‖ by row: ‖W‖² + s Σ_k B ∘ (2 W Aᵀ + s B A Aᵀ)."""
-        crossed = self.map.multiply(self.base, a.to(dtype)).T.to(b.dtype)
+        crossed = self.map.multiply(self.base, a.to(dtype)).T.to(self.row_norms.dtype)
+        a, b = a.to(crossed.dtype), b.to(crossed.dtype)
         mixed = torch.addmm(crossed, b, a @ a.T, beta=2, alpha=self.scaling)
         squares = self.row_norms.square() + self.scaling * (b * mixed).sum(1)
         # A row of zeros has a norm that can be divided by, and stays zero.

@@ -1,6 +1,6 @@
 """The kinds of modules that are linear maps in the mathematical sense, seen as y = x Wᵀ."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -152,13 +152,14 @@ def dense_matrix(linear_map: Map, module: nn.Module) -> Tensor:
     Raises:
         AdapterError: the weight is sharded, or quantised in another module than a linear layer.
     """
-    weight = module.get_parameter("weight")
-    if not isinstance(linear_map, LinearMap) or type(weight.data) is Tensor:
+    if _plain(module) is not None or not isinstance(linear_map, LinearMap):
         matrix = linear_map.matrix(module)
         return matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
+    weight = next(tensor for _, tensor in _tensors(module))
     if type(weight.data).__name__ == "DTensor":
         raise AdapterError("its weight is sharded, expected a whole one; adapt before sharding.")
-    identity = torch.eye(linear_map.in_width, dtype=weight.dtype, device=weight.device)
+    dtype = weight.dtype if _is_wide(weight) else torch.float32
+    identity = torch.eye(linear_map.in_width, dtype=dtype, device=weight.device)
     return linear_map.multiply(module, identity).T.float()
 
 
@@ -168,15 +169,33 @@ def plain_weight(module: nn.Module) -> Tensor:
     Raises:
         AdapterError: it is quantised or sharded.
     """
-    weight = module.get_parameter("weight")
-    kind = type(weight.data)
-    if kind is not Tensor or not weight.is_floating_point():
-        what = f"{weight.dtype} numbers" if kind is Tensor else kind.__name__
+    weight = _plain(module)
+    if weight is None:
+        found = dict(_tensors(module)).get("weight")
+        kind = "missing" if found is None else type(found.data).__name__
+        what = f"{found.dtype} numbers" if found is not None and kind == "Tensor" else kind
         raise AdapterError(
             f"the weight of the {type(module).__name__} is {what}, expected a whole floating-point "
             "tensor; its values are not changed or read: dequantise or gather the base first."
         )
+    return weight
+
+
+def _plain(module: nn.Module) -> Tensor | None:
+    weight = dict(_tensors(module)).get("weight")
+    if weight is None or type(weight.data) is not Tensor or not _is_wide(weight):
+        return None
     return weight.detach()
+
+
+def _is_wide(weight: Tensor) -> bool:
+    # Numbers of eight bits and less have scales beside them.
+    return weight.is_floating_point() and weight.element_size() > 1
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
 
 
 def map_of(module: nn.Module) -> Map:

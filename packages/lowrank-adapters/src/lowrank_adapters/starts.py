@@ -39,7 +39,11 @@ class Start(Protocol):
 
 @dataclass(frozen=True)
 class UnitRows:
-    """Random directions of norm one, values of zero. Drawn by torch's global generator."""
+    """Random directions of norm one, values of zero. Drawn by torch's global generator.
+
+    Of an embedding, which reads one column of A at a time, the entries are then small, about
+    1/√in; `Normal` with a deviation of 1 gives entries of one.
+    """
 
     needs: ClassVar[Needs] = "nothing"
     is_zero: ClassVar[bool] = True
@@ -129,7 +133,7 @@ class PrincipalActivations:
         assert statistic is not None
         rows = torch.linalg.eigh(_wide(statistic)).eigenvectors[:, -rank:].flip(1).T
         columns = functional.normalize(_normal(rank, out_width), dim=1).T
-        return Components(columns, _zeros(rank), rows)
+        return Components(columns.to(rows.device), _zeros(rank).to(rows.device), rows)
 
 
 @dataclass(frozen=True)
