@@ -248,6 +248,17 @@ def test_convolution_of_pefts_adalora(kit, tmp_path):
     torch.testing.assert_close(ours(x), theirs(x), **TOLERANCE)
 
 
+def test_convolution_of_our_adalora(kit, tmp_path):
+    model = mixed()
+    layers = inject_adapters_(model, SVD(4, 6.0), ["plane", "linear"])
+    kit.shake_factors(layers)
+    layers["plane"].rank_mask[0] = False
+    folder = export_peft(layers, tmp_path / "adapter", form="adalora")
+    x = torch.arange(11).reshape(1, 11)
+    theirs = PeftModel.from_pretrained(mixed(), folder)
+    torch.testing.assert_close(theirs(x), model(x), **TOLERANCE)
+
+
 def gpt2():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)

@@ -179,6 +179,12 @@ def test_whole_modules_are_written_as_they_are(kit, tmp_path):
         ),
         (
             SVD(3, 1.0),
+            {"form": "adalora", "targets": ["embedding", "w1"]},
+            "embedding is on a Embedding, which PEFT has no AdaLoRA for; export it as 'padded' or "
+            "'compact'.",
+        ),
+        (
+            SVD(3, 1.0),
             {"modules_to_save": {"mlp": "layers.0.mlp"}},
             "mlp is to be saved whole, but has adapted layers in it; exclude them from injection, "
             "or leave it out of modules_to_save.",
@@ -191,12 +197,37 @@ def test_whole_modules_are_written_as_they_are(kit, tmp_path):
     ],
 )
 def test_refusal_writes_nothing(kit, tmp_path, make, options, text):
-    model, layers = kit.adapted(make, blocks=1)
-    model.embedding.weight.data[0, 0] = float("nan")
+    targets = options.pop("targets", "all-linear")
+    model, layers = kit.adapted(make, blocks=1, targets=targets)
+    if "modules_to_save" in options:
+        model.embedding.weight.data[0, 0] = float("nan")
     if "modules_to_save" in options:
         named = options["modules_to_save"].items()
         options = {"modules_to_save": {n: model.get_submodule(where) for n, where in named}}
     assert kit.error_text(export_peft, layers, tmp_path / "adapter", **options) == text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["padded", "compact"])
+def test_magnitude_that_is_not_finite(kit, tmp_path, form):
+    model = kit.Decoder(blocks=1)
+    layers = inject_adapters_(model, DoRA(2, 3.0))
+    layers[NAMES[2]].magnitude.data[0] = float("nan")
+    text = kit.error_text(export_peft, layers, tmp_path / "adapter", form=form)
+    assert text == "layers.0.mlp.w1 has factors that are not finite; nothing was written."
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["padded", "compact", "adalora"])
+def test_factors_on_the_meta_device_and_layers_that_wait_for_their_base(kit, tmp_path, form):
+    layers = inject_adapters_(kit.Decoder(blocks=1), SVD(2, 3.0), "w1", device="meta")
+    text = kit.error_text(export_peft, layers, tmp_path / "adapter", form=form)
+    assert text == "layers.0.mlp.w1 has factors on the meta device; load an adapter first."
+    with torch.device("meta"):
+        model = kit.Decoder(blocks=1)
+    layers = inject_adapters_(model, DoRA(2, 3.0), "w1")
+    text = kit.error_text(export_peft, layers, tmp_path / "adapter", form=form)
+    assert text.startswith("layers.0.mlp.w1 waits for the weights of its base")
     assert list(tmp_path.iterdir()) == []
 
 

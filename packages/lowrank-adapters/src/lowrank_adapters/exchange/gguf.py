@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowrank_adapters.dora import DoRALinear
 from lowrank_adapters.errors import AdapterError
-from lowrank_adapters.exchange.padded import TransformB, pad, renamed, update_of
+from lowrank_adapters.exchange.padded import TransformB, check_exportable, pad, renamed, update_of
 from lowrank_adapters.files import replace_file
 from lowrank_adapters.layer import LowRankLinear
 from lowrank_adapters.maps import LinearMap
@@ -57,8 +57,7 @@ def export_gguf(
     'lora.gguf'
     """
     gguf = _gguf()
-    if not layers:
-        raise AdapterError("there are no layers to export; inject adapters first.")
+    check_exportable(layers)
     if architecture not in _ARCHITECTURES:
         raise AdapterError(
             f"architecture is {architecture!r}, expected one of {', '.join(_ARCHITECTURES)}."

@@ -1,14 +1,39 @@
 """Plain LoRA of one rank, with everything folded into B, that every reader scales alike."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 from torch.nn import functional
 
 from lowrank_adapters.errors import AdapterError
 from lowrank_adapters.layer import LowRankLinear
+from lowrank_adapters.state import refuse_waiting
 
 TransformB = Callable[[str, Tensor], Tensor]
+
+
+def check_exportable(layers: Mapping[str, LowRankLinear]) -> None:
+    """Refuse what has no values to be exported.
+
+    Raises:
+        AdapterError: there is no layer, or one is on the meta device or waits for its base.
+    """
+    if not layers:
+        raise AdapterError("there are no layers to export; inject adapters first.")
+    refuse_waiting(layers)
+    for name, layer in layers.items():
+        if any(factor.is_meta for _, factor in layer.factors()):
+            raise AdapterError(f"{name} has factors on the meta device; load an adapter first.")
+
+
+def check_finite(where: str, *tensors: Tensor) -> None:
+    """Refuse tensors of a module that hold NaN or infinity.
+
+    Raises:
+        AdapterError: names the module.
+    """
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise AdapterError(f"{where} has factors that are not finite; nothing was written.")
 
 
 def renamed(names: Iterable[str], rename: Callable[[str], str]) -> dict[str, str]:
@@ -35,8 +60,7 @@ def update_of(name: str, layer: LowRankLinear, transform_b: TransformB) -> tuple
         AdapterError: a value is not finite.
     """
     a, b = (factor.float() for factor in layer.as_lora())
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise AdapterError(f"{name} has factors that are not finite; nothing was written.")
+    check_finite(name, a, b)
     return a, transform_b(name, b)
 
 

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from lowrank_adapters.dora import DoRALinear
 from lowrank_adapters.errors import AdapterError
-from lowrank_adapters.exchange.padded import TransformB, pad, renamed, update_of
+from lowrank_adapters.exchange.padded import (
+    TransformB,
+    check_exportable,
+    check_finite,
+    pad,
+    renamed,
+    update_of,
+)
 from lowrank_adapters.exchange.peft.layout import (
     ADALORA_A,
     ADALORA_B,
@@ -72,8 +79,7 @@ def export_peft(
     ['adapter_config.json', 'adapter_model.safetensors']
     """
     folder = Path(folder)
-    if not layers:
-        raise AdapterError("there are no layers to export; inject adapters first.")
+    check_exportable(layers)
     if folder.exists() and not (folder / CONFIG).is_file():
         raise AdapterError(f"{folder} exists and is no adapter; give a folder of its own.")
     names = renamed(layers, rename)
@@ -145,7 +151,9 @@ def _compact(modules: Mapping[str, _Module]) -> tuple[Tensors, Config]:
 def _lora(module: _Module, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     tensors = lora_tensors(module.layer.map, a, b)
     if isinstance(module.layer, DoRALinear):
-        tensors[MAGNITUDE] = module.turn(module.layer.magnitude.detach().float()[:, None])[:, 0]
+        magnitude = module.layer.magnitude.detach().float()
+        check_finite(module.where, magnitude)
+        tensors[MAGNITUDE] = module.turn(magnitude[:, None])[:, 0]
     return tensors
 
 
@@ -162,11 +170,7 @@ def _lora_config(modules: Mapping[str, _Module], rank: int) -> Config:
 
 def _adalora(modules: Mapping[str, _Module]) -> tuple[Tensors, Config]:
     for module in modules.values():
-        if not isinstance(module.layer, SVDLinear) or module.layer.start_a is not None:
-            raise AdapterError(
-                f"{module.where} is a {type(module.layer).__name__} that is no P diag(λ) Q alone, "
-                "which AdaLoRA's form holds; export it as 'padded' or 'compact'."
-            )
+        _check_adalora(module.where, module.layer)
     layers = {name: module.layer for name, module in modules.items()}
     rank = max(layer.rank for layer in layers.values())
     alpha = next(iter(layers.values())).alpha
@@ -185,12 +189,24 @@ def _adalora(modules: Mapping[str, _Module]) -> tuple[Tensors, Config]:
     return {name: _triplet(module, factor) for name, module in modules.items()}, config
 
 
+def _check_adalora(where: str, layer: LowRankLinear) -> None:
+    if not isinstance(layer, SVDLinear) or layer.start_a is not None:
+        raise AdapterError(
+            f"{where} is a {type(layer).__name__} that is no P diag(λ) Q alone, which AdaLoRA's "
+            "form holds; export it as 'padded' or 'compact'."
+        )
+    if not isinstance(layer.base, nn.Conv2d) and not isinstance(layer.map, LinearMap):
+        raise AdapterError(
+            f"{where} is on a {type(layer.base).__name__}, which PEFT has no AdaLoRA for; "
+            "export it as 'padded' or 'compact'."
+        )
+
+
 def _triplet(module: _Module, factor: float) -> dict[str, Tensor]:
     layer = module.layer
     live = layer.get_buffer("rank_mask")
     p, lam, q = (layer.tokens(role)[live].float() for role in ("p", "lam", "q"))
-    if not all(tensor.isfinite().all() for tensor in (p, lam, q)):
-        raise AdapterError(f"{module.where} has factors that are not finite; nothing was written.")
+    check_finite(module.where, p, lam, q)
     return {
         ADALORA_A: q,
         ADALORA_E: lam * (layer.scaling * factor),
