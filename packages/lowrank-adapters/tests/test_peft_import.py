@@ -108,6 +108,19 @@ def test_ranks_are_those_of_the_tensors_and_rank_zero_is_no_layer(kit, tmp_path)
     assert type(model.get_submodule(W1)) is nn.Linear
 
 
+def test_embedding_drops_nothing_as_in_peft(kit, tmp_path):
+    a, b = torch.randn(2, 11), torch.randn(5, 2)
+    tensors = {f"{PREFIX}embedding.lora_embedding_{x}": t for x, t in (("A", a), ("B", b))}
+    folder = write(tmp_path, LORA | {"lora_dropout": 0.25}, tensors | lora_tensors(2, [Q]))
+    model = kit.Decoder(blocks=1)
+    layers = import_peft_(model, folder)
+    assert {name: layer.dropout for name, layer in layers.items()} == {"embedding": 0.0, Q: 0.25}
+    torch.testing.assert_close(layers["embedding"].delta(), 1.5 * b @ a)
+    words = torch.tensor([3, 7])
+    expected = (model.embedding.base.weight + 1.5 * (b @ a).T)[words]
+    torch.testing.assert_close(model.embedding(words), expected)
+
+
 def test_dora_has_its_magnitude(kit, tmp_path):
     tensors = lora_tensors()
     tensors |= {f"{PREFIX}{n}.lora_magnitude_vector": torch.rand(WIDTHS[n][0]) for n in WIDTHS}
