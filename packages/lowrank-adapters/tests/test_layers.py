@@ -338,3 +338,16 @@ def test_a_factor_may_be_a_plain_tensor():
     del layer.a
     layer.a = expected
     assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
+@pytest.mark.parametrize("size", [(6,), (7, 6), (2, 7, 6), (2, 3, 7, 6)])
+def test_output_is_a_tensor_of_its_own_and_may_be_changed_in_place(kind, size):
+    layer = make(kind)
+    x = torch.randn(size, dtype=torch.float64)
+    factors = [factor for _, factor in layer.factors()]
+    expected = torch.autograd.grad(layer(x).relu().square().sum(), factors)
+    y = layer(x)
+    assert not y._is_view()
+    found = torch.autograd.grad(y.relu_().square().sum(), factors)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

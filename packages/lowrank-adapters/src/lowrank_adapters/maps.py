@@ -11,8 +11,32 @@ from torch.nn import functional
 from lowrank_adapters.errors import AdapterError
 
 
+class _Matrix:
+    """What the kinds have in common: the weight read and changed as the matrix W (out, in)."""
+
+    def orient(self, weight: Tensor) -> Tensor:
+        """Return a weight as W (out, in); a view where one can be had."""
+        raise NotImplementedError
+
+    def matrix(self, module: nn.Module) -> Tensor:
+        """Return W (out, in) of a module, detached; a view where one can be had.
+
+        Raises:
+            AdapterError: the weight is quantised or sharded.
+        """
+        return self.orient(plain_weight(module))
+
+    def add_(self, module: nn.Module, delta: Tensor) -> None:
+        """Add a matrix (out, in) to the module's weight, in place, rounding once.
+
+        Raises:
+            AdapterError: the weight is quantised or sharded; it is left as it was.
+        """
+        self.matrix(module).add_(delta)
+
+
 @dataclass(frozen=True)
-class LinearMap:
+class LinearMap(_Matrix):
     """y = x Wᵀ: `torch.nn.Linear`, what has its features, and `Conv1D` of transformers.
 
     ``in_width``, ``out_width``: of the matrix W (out, in). ``transposed``: the module keeps Wᵀ.
@@ -45,26 +69,13 @@ class LinearMap:
         bias = getattr(module, "bias", None)
         return y if bias is None else y - bias
 
-    def matrix(self, module: nn.Module) -> Tensor:
-        """Return W (out, in) as the module keeps it, detached; a view where one can be had.
-
-        Raises:
-            AdapterError: the weight is quantised or sharded.
-        """
-        weight = plain_weight(module)
+    def orient(self, weight: Tensor) -> Tensor:
+        """Return the weight, transposed where the module keeps it so."""
         return weight.T if self.transposed else weight
-
-    def add_(self, module: nn.Module, delta: Tensor) -> None:
-        """Add a matrix (out, in) to the module's weight, in place, rounding once.
-
-        Raises:
-            AdapterError: the weight is quantised or sharded; it is left as it was.
-        """
-        self.matrix(module).add_(delta)
 
 
 @dataclass(frozen=True)
-class ConvolutionMap:
+class ConvolutionMap(_Matrix):
     """A convolution, whose W is (out_channels, in_channels · kernel): down by one, up by a 1x1.
 
     ``kernel``: (in_channels, *kernel_size).
@@ -94,18 +105,18 @@ class ConvolutionMap:
         up = (b * scaling).to(y.dtype).reshape(*b.shape, *(1,) * dimensions)
         return y + self._CONVOLVE[dimensions](self.down(x, a).to(y.dtype), up)
 
-    def matrix(self, module: nn.Module) -> Tensor:
-        """Return W (out, in), detached; see `LinearMap.matrix`."""
-        return plain_weight(module).flatten(1)
+    def orient(self, weight: Tensor) -> Tensor:
+        """Return the kernels as rows; a copy where the weight's memory is of another order."""
+        return weight.flatten(1)
 
     def add_(self, module: nn.Module, delta: Tensor) -> None:
-        """Add a matrix (out, in) to the module's weight; see `LinearMap.add_`."""
+        """Add a matrix (out, in) to the module's weight, whatever the order of its memory."""
         weight = plain_weight(module)
         weight.add_(delta.reshape(weight.shape))
 
 
 @dataclass(frozen=True)
-class EmbeddingMap:
+class EmbeddingMap(_Matrix):
     """A look-up, which is y = x Wᵀ for x of one 1 among ``in_width`` entries."""
 
     in_width: int
@@ -120,13 +131,9 @@ class EmbeddingMap:
         """Return y plus scaling · B times the columns of A at the indices x, in the dtype of y."""
         return _add_up(y, self.down(x, a), b, scaling)
 
-    def matrix(self, module: nn.Module) -> Tensor:
-        """Return W (out, in), detached; see `LinearMap.matrix`."""
-        return plain_weight(module).T
-
-    def add_(self, module: nn.Module, delta: Tensor) -> None:
-        """Add a matrix (out, in) to the module's weight; see `LinearMap.add_`."""
-        self.matrix(module).add_(delta)
+    def orient(self, weight: Tensor) -> Tensor:
+        """Return the table, transposed."""
+        return weight.T
 
 
 Map = LinearMap | ConvolutionMap | EmbeddingMap
@@ -140,26 +147,29 @@ def _add_up(y: Tensor, hidden: Tensor, b: Tensor, scaling: float) -> Tensor:
         b.T.to(y.dtype),
         alpha=scaling,
     )
-    return flat.view(y.shape)
+    # As torch's own linear layer: a view would lose FSDP2's hooks in an in-place operation.
+    result: Tensor = torch.ops.aten._unsafe_view(flat, y.shape)
+    return result
 
 
 @torch.no_grad()
 def dense_matrix(linear_map: Map, module: nn.Module) -> Tensor:
-    """Return a copy of W (out, in) in float32 or wider, also where the weight is quantised.
+    """Return a copy of W (out, in) in float32 or wider, also where it is quantised or sharded.
 
-    A quantised weight is not unpacked: the module is called on the rows of the identity.
+    A quantised weight is not unpacked: the module is called on the rows of the identity. A sharded
+    one is gathered, so that all processes must ask for it.
 
     Raises:
-        AdapterError: the weight is sharded, or quantised in another module than a linear layer.
+        AdapterError: the weight is quantised in another module than a linear layer.
     """
-    if _plain(module) is not None or not isinstance(linear_map, LinearMap):
-        matrix = linear_map.matrix(module)
+    # By its method, because importing DTensor takes as long as half of torch.
+    gather = getattr(getattr(module, "weight", None), "full_tensor", None)
+    if gather is not None or _plain(module) is not None or not isinstance(linear_map, LinearMap):
+        matrix = linear_map.orient(gather() if gather else plain_weight(module))
         return matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
-    weight = next(tensor for _, tensor in _tensors(module))
-    if type(weight.data).__name__ == "DTensor":
-        raise AdapterError("its weight is sharded, expected a whole one; adapt before sharding.")
-    dtype = weight.dtype if _is_wide(weight) else torch.float32
-    identity = torch.eye(linear_map.in_width, dtype=dtype, device=weight.device)
+    first = next(tensor for _, tensor in _tensors(module))
+    dtype = first.dtype if _is_wide(first) else torch.float32
+    identity = torch.eye(linear_map.in_width, dtype=dtype, device=first.device)
     return linear_map.multiply(module, identity).T.float()
 
 
