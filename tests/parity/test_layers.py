@@ -2,8 +2,19 @@
 
 import pytest
 import torch
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from lowrank_adapters import freeze_base_, import_peft_
+from lowrank_adapters import (
+    SVD,
+    DoRA,
+    DyLoRA,
+    LoRA,
+    PrincipalWeights,
+    freeze_base_,
+    import_peft_,
+    inject_adapters_,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 MODELS = ("llama", "qwen2", "roberta", "deberta-v3")
@@ -43,3 +54,38 @@ def test_logits_and_gradients_are_pefts(kit, tmp_path, name, method):
             assert twin.grad.abs().max() > 0, key
             gradient = twin.grad.reshape(factor.shape)
             torch.testing.assert_close(factor.grad, gradient, rtol=1e-9, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_linear_is_what_it_is_in_peft(kit, name):
+    task = "SEQ_CLS" if name in ("roberta", "deberta-v3") else "CAUSAL_LM"
+    theirs = get_peft_model(kit.build(name), kit.peft_config("lora", "all-linear", task_type=task))
+    expected = [
+        where.removeprefix("base_model.model.")
+        for where, module in theirs.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+    ours = kit.build(name)
+    assert list(inject_adapters_(ours, LoRA(rank=2, alpha=2.0))) == expected
+    assert len(expected) > 10
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        LoRA(4, 6.0),
+        LoRA(4, 6.0, rslora=True, dropout=0.1),
+        LoRA(4, 6.0, start=PrincipalWeights()),
+        SVD(4, 6.0),
+        DoRA(4, 6.0),
+        DoRA(4, 6.0, magnitude="scalar"),
+        DyLoRA(4, 6.0),
+    ],
+    ids=["lora", "rslora", "pissa", "adalora", "dora", "scalar dora", "dylora"],
+)
+def test_injected_model_is_the_plain_one(kit, name, make):
+    model, batch = kit.build(name), kit.tokens()
+    expected = model(batch).logits
+    inject_adapters_(model, make)
+    torch.testing.assert_close(model(batch).logits, expected, rtol=1e-5, atol=1e-5)
