@@ -16,6 +16,7 @@ from lowrank_adapters import (
     LoRA,
     PrincipalWeights,
     SVDLinear,
+    UnitRows,
     adapter_state_dict,
     export_peft,
     import_peft_,
@@ -262,7 +263,11 @@ def test_adalora_factor_that_is_not_finite(kit, tmp_path, value):
     assert text == "layers.0.mlp.w1 has factors that are not finite; nothing was written."
 
 
-def draw_layers(data):
+ZERO_START = (UnitRows(),)
+ANY_START = (UnitRows(), PrincipalWeights())
+
+
+def draw_layers(data, starts=ZERO_START):
     """A model of two matrices of drawn shapes, with a method off its start."""
     draw = data.draw
     widths = [draw(st.integers(1, 6)) for _ in range(3)]
@@ -272,7 +277,8 @@ def draw_layers(data):
     method = draw(st.sampled_from([LoRA, SVD, DyLoRA, DoRA]))
     rank = draw(st.integers(1, min(widths)))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    layers = inject_adapters_(model, method(rank, alpha), factor_dtype=dtype)
+    start = draw(st.sampled_from(starts))
+    layers = inject_adapters_(model, method(rank, alpha, start=start), factor_dtype=dtype)
     with torch.no_grad():
         for layer in layers.values():
             for _, factor in layer.factors():
@@ -319,7 +325,7 @@ def test_reading_any_form_gives_the_update_back(tmp_path_factory, data):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_saving_and_loading_is_the_identity(tmp_path_factory, data):
-    model, layers = draw_layers(data)
+    model, layers = draw_layers(data, ANY_START)
     folder = tmp_path_factory.mktemp("saved")
     save_adapter(model, folder)
     state = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}

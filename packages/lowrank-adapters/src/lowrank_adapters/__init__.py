@@ -1,6 +1,7 @@
 """Low-rank adapter layers for any PyTorch model: injection, stacked storage, exchange with PEFT."""
 
 from lowrank_adapters.convert import convert_to_lora_
+from lowrank_adapters.disable import disable_adapters
 from lowrank_adapters.dora import DoRA, DoRALinear, ScaledLoRALinear
 from lowrank_adapters.dylora import DyLoRA, DyLoRALinear, RankSampler, set_rank_
 from lowrank_adapters.errors import AdapterError
@@ -17,7 +18,7 @@ from lowrank_adapters.inject import (
 from lowrank_adapters.layer import LowRankLinear
 from lowrank_adapters.lora import LoRA, LoRALinear
 from lowrank_adapters.maker import LowRankMaker
-from lowrank_adapters.merge import disable_adapters, merge_, merged, unmerge_
+from lowrank_adapters.merge import merge_, merged, unmerge_
 from lowrank_adapters.meta import materialise_
 from lowrank_adapters.penalty import accumulate_orthogonality_gradient_, orthogonality_penalty
 from lowrank_adapters.stacked import FactorGroup, FactorStack

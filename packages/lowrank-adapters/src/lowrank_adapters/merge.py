@@ -106,32 +106,6 @@ def merged(model: nn.Module) -> Iterator[None]:
         _restore(adapted_layers(model).values())
 
 
-@contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Let the model compute what its bases do alone, for the length of a block.
-
-    Raises:
-        AdapterError: a layer is merged, so that its base is not what it was.
-
-    >>> from lowrank_adapters import LoRA, inject_adapters_
-    >>> model = nn.Sequential(nn.Linear(4, 3))
-    >>> layer = inject_adapters_(model, LoRA(rank=2, alpha=2.0))["0"]
-    >>> with disable_adapters(model):
-    ...     layer.enabled
-    False
-    """
-    layers = adapted_layers(model)
-    refuse_merged(layers.items())
-    before = {layer: layer.enabled for layer in layers.values()}
-    try:
-        for layer in before:
-            layer.enabled = False
-        yield
-    finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled
-
-
 def refuse_merged(layers: Iterable[tuple[str, LowRankLinear]]) -> None:
     """Refuse layers whose base already contains the update.
 
