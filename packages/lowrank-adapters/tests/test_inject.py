@@ -178,6 +178,14 @@ def test_injected_model_starts_as_the_plain_one(kit, make):
     assert torch.equal(model(tokens), expected)
 
 
+def test_layers_are_in_training_where_their_base_is(kit):
+    model = kit.Decoder()
+    model.layers[1].eval()
+    layers = inject_adapters_(model, LoRA(rank=2, alpha=4.0, dropout=0.5), "q_proj")
+    assert [layer.training for layer in layers.values()] == [True, False]
+    assert [layer.base.training for layer in layers.values()] == [True, False]
+
+
 def test_base_on_the_meta_device_takes_factors_elsewhere(kit):
     with torch.device("meta"):
         model = kit.Decoder()

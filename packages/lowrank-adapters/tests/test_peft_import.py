@@ -98,6 +98,18 @@ def test_lora_has_pefts_scaling(kit, tmp_path, fields, scalings):
         torch.testing.assert_close(layer.delta().double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_model_in_evaluation_drops_nothing(kit, tmp_path):
+    folder = write(tmp_path, LORA | {"lora_dropout": 0.5}, lora_tensors())
+    models = [kit.Decoder(blocks=1).eval() for _ in "12"]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        import_peft_(model, folder)
+    words = torch.arange(11)
+    assert torch.equal(models[0](words), models[1](words))
+    models[1].train()
+    assert not torch.equal(models[0](words), models[1](words))
+
+
 def test_ranks_are_those_of_the_tensors_and_rank_zero_is_no_layer(kit, tmp_path):
     tensors = lora_tensors(4, [Q]) | lora_tensors(0, [W1])
     model = kit.Decoder(blocks=1)

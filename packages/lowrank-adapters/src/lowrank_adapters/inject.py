@@ -82,9 +82,10 @@ def build_layers(
     for name, make in makers.items():
         base = model.get_submodule(name)
         try:
-            layers[name] = make.build(base, device=device or _device(base), dtype=factor_dtype)
+            layer = make.build(base, device=device or _device(base), dtype=factor_dtype)
         except AdapterError as error:
             raise AdapterError(f"{name}: {error}") from error
+        layers[name] = layer.train(base.training)
     return layers
 
 
