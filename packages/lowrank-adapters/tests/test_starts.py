@@ -110,6 +110,20 @@ def test_convolution_and_embedding_are_exactly_their_base_at_the_start(method, s
         assert not torch.equal(layer(x), base(x))
 
 
+@pytest.mark.parametrize("method", ["svd", "dylora"])
+def test_start_of_a_masked_layer_is_of_all_its_components(method):
+    layer = METHODS[method].build(nn.Linear(6, 7), device="cpu", dtype=WIDE)
+    mask = layer.rank_mask
+    mask[1] = False
+    layer.start_(PrincipalWeights())
+    assert layer.rank_mask is mask
+    assert mask.tolist() == [True, False]
+    x = torch.randn(9, 6, dtype=torch.float32)
+    assert torch.equal(layer(x), layer.base(x))
+    mask[1] = True
+    assert torch.equal(layer(x), layer.base(x))
+
+
 @ALL_STARTS
 def test_components_are_where_the_statistic_is(start):
     size = (6, 6) if start.needs == "activations" else (7, 6)

@@ -88,11 +88,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """Return g ∘ (W + s · B A) - W, (out, in).
-
-        Raises:
-            AdapterError: the base is sharded.
-        """
+        """Return g ∘ (W + s · B A) - W, (out, in)."""
         weight = dense_matrix(self.map, self.base)
         turned = weight + super().delta()
         norms = turned.norm(dim=1).clamp_min(torch.finfo(turned.dtype).tiny)

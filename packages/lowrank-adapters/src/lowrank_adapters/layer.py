@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -130,10 +131,18 @@ class LowRankLinear(nn.Module):
         place = (self.rank, self.out_features, self.in_features)
         check_statistic(start, statistic, *place[1:])
         self._place_(start.components(*place, statistic, self.scaling))
-        self.start_a = self.start_b = None
-        if not start.is_zero:
-            self.start_a, self.start_b = (factor.clone() for factor in self._factored(self.dtype))
+        self.start_a, self.start_b = (None, None) if start.is_zero else self._whole_product()
         self._read_base_()
+
+    def _whole_product(self) -> tuple[Tensor, Tensor]:
+        """Return copies of A and B as they are where no component is masked."""
+        mask = self._buffers.get("rank_mask")
+        if mask is not None:
+            self.rank_mask = torch.ones_like(mask)
+        a, b = self._factored(self.dtype)
+        if mask is not None:
+            self.rank_mask = mask  # the very tensor, which others may share
+        return a.clone(), b.clone()
 
     @torch.no_grad()
     def materialise_(self) -> None:
@@ -155,7 +164,7 @@ class LowRankLinear(nn.Module):
             self.start_(self._waiting_start)
 
     def _base_is_meta(self) -> bool:
-        return any(parameter.is_meta for parameter in self.base.parameters())
+        return any(t.is_meta for t in chain(self.base.parameters(), self.base.buffers()))
 
     @property
     def merged(self) -> bool:
