@@ -27,7 +27,7 @@ class PeftConfig:
 
     kind: Literal["lora", "dora", "adalora"]
     alpha: float
-    alphas: dict[str, float]
+    alphas: dict[re.Pattern[str], float]
     rslora: bool
     dropout: float
     initial_rank: int
@@ -37,16 +37,13 @@ class PeftConfig:
     def alpha_of(self, name: str) -> float:
         """Return the alpha of a module: by the first pattern that stands for it, as in PEFT.
 
-        A pattern is a regular expression for the end of the name, from a dot on.
-
-        >>> config = PeftConfig("lora", 8.0, {"q_proj": 4.0}, False, 0.0, 0, {}, ())
+        >>> alphas = {re.compile(r"(.*\\.)?(q_proj)$"): 4.0}
+        >>> config = PeftConfig("lora", 8.0, alphas, False, 0.0, 0, {}, ())
         >>> config.alpha_of("layers.0.q_proj"), config.alpha_of("layers.0.v_proj")
         (4.0, 8.0)
         """
-        for pattern, alpha in self.alphas.items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return alpha
-        return self.alpha
+        found = (alpha for pattern, alpha in self.alphas.items() if pattern.match(name))
+        return next(found, self.alpha)
 
 
 def read_config(path: Path) -> PeftConfig:
@@ -112,7 +109,8 @@ def _number(fields: dict[str, Any], name: str, default: float) -> float:
     return float(value)
 
 
-def _alphas(config: dict[str, Any]) -> dict[str, float]:
+def _alphas(config: dict[str, Any]) -> dict[re.Pattern[str], float]:
+    alphas = {}
     patterns = _object(config, "alpha_pattern")
     for pattern in patterns:
         # A folder is from a stranger, and a pattern of many repetitions can take for ever.
@@ -122,12 +120,14 @@ def _alphas(config: dict[str, Any]) -> dict[str, float]:
                 "none of a group; write it plainer."
             )
         try:
-            re.compile(pattern)
+            # For the end of a name, from a dot on.
+            compiled = re.compile(rf"(.*\.)?({pattern})$")
         except re.error as error:
             raise AdapterError(
-                f"alpha_pattern has {pattern!r}, which is no pattern: {error}."
+                f"alpha_pattern has {pattern!r}, which is no pattern: {error.msg}."
             ) from error
-    return {pattern: _number(patterns, pattern, 0) for pattern in patterns}
+        alphas[compiled] = _number(patterns, pattern, 0)
+    return alphas
 
 
 def _masks(config: dict[str, Any]) -> dict[str, list[bool]]:
