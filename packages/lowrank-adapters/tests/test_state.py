@@ -69,6 +69,11 @@ def test_state_has_exactly_the_declared_tensors_and_they_are_live(kit, make, own
         assert tensor.data_ptr() == model.state_dict()[name].data_ptr(), name
 
 
+def test_layer_alone_has_the_names_of_its_own_state():
+    layer = SVD(2, 1.0).build(nn.Linear(4, 3), device="cpu", dtype=torch.float32)
+    assert set(adapter_state_dict(layer)) == {"p", "lam", "q", "rank_mask"}
+
+
 def test_plain_model_has_no_adapter_state(kit):
     assert adapter_state_dict(kit.Decoder()) == {}
 

@@ -28,7 +28,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     ['0.lam', '0.p', '0.q', '0.rank_mask']
     """
     return {
-        f"{name}.{key}": tensor.detach()
+        f"{name}.{key}" if name else key: tensor.detach()
         for name, layer in adapted_layers(model).items()
         for key, tensor in layer.owned()
     }
