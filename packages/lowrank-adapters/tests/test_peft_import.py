@@ -450,11 +450,7 @@ FIELDS = [
 ]
 
 
-@settings(max_examples=150, deadline=None)
-@given(adalora=st.booleans(), junk=st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=3))
-def test_any_config_loads_or_is_refused_in_one_line(tmp_path_factory, kit, adalora, junk):
-    config, tensors = (ADALORA, adalora_tensors()) if adalora else (LORA, lora_tensors())
-    folder = write(tmp_path_factory.mktemp("junk"), config | junk, tensors)
+def loads_or_is_refused(kit, folder):
     model = kit.Decoder(blocks=1)
     before = snapshot(model)
     try:
@@ -467,6 +463,26 @@ def test_any_config_loads_or_is_refused_in_one_line(tmp_path_factory, kit, adalo
         torch.testing.assert_close(dict(model.state_dict()), before[1], rtol=0, atol=0)
     else:
         assert list(found) == [Q, W1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(adalora=st.booleans(), junk=st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=3))
+def test_any_config_loads_or_is_refused_in_one_line(tmp_path_factory, kit, adalora, junk):
+    config, tensors = (ADALORA, adalora_tensors()) if adalora else (LORA, lora_tensors())
+    folder = write(tmp_path_factory.mktemp("junk"), config | junk, tensors)
+    loads_or_is_refused(kit, folder)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_damage_to_the_tensors_loads_or_is_refused_in_one_line(tmp_path_factory, kit, data):
+    folder = write(tmp_path_factory.mktemp("damage"), LORA, lora_tensors())
+    damaged = bytearray((folder / TENSORS).read_bytes())
+    header = 8 + int.from_bytes(damaged[:8], "little")
+    for place in data.draw(st.lists(st.integers(0, header + 8), min_size=1, max_size=3)):
+        damaged[place] = data.draw(st.integers(0, 255) | st.sampled_from(b'0123456789FB"[]{},'))
+    (folder / TENSORS).write_bytes(damaged)
+    loads_or_is_refused(kit, folder)
 
 
 def test_reading_leaves_the_folder_alone(kit, tmp_path):
