@@ -1,16 +1,21 @@
-"""Small attention hypernetworks that generate the parameters of any PyTorch model."""
+"""Small hypernetworks that generate the parameters of any PyTorch model."""
 
-from hyper_core.bodies.attention import EncoderLayer
+from hyper_core.bodies.attention import AttentionConfig
+from hyper_core.bodies.config import BodyConfig
+from hyper_core.bodies.conv import ConvConfig
+from hyper_core.bodies.mlp import MLPConfig
 from hyper_core.errors import HyperError
 from hyper_core.generated import GeneratedParameters
 from hyper_core.hypernetwork import Hypernetwork
-from hyper_core.presets import PRESETS, AttentionConfig
+from hyper_core.presets import PRESETS
 
 __all__ = [
     "PRESETS",
     "AttentionConfig",
-    "EncoderLayer",
+    "BodyConfig",
+    "ConvConfig",
     "GeneratedParameters",
     "HyperError",
     "Hypernetwork",
+    "MLPConfig",
 ]
