@@ -213,7 +213,7 @@ def test_a_surrounding_narrow_dtype_is_asked_for_at_construction():
     assert dtypes == [torch.bfloat16]
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", ["all", "groups"])
 def test_compiled_network_writes_the_same(sharing):
     network = Hypernetwork(SHAPES, CONFIG, sharing=SHARINGS[sharing][1]).double()
     stacks = random_stacks()

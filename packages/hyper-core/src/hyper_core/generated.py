@@ -18,7 +18,7 @@ from hyper_core.outputs import Output
 from hyper_core.presets import find_config
 from hyper_core.recursion import Recursion, State
 from hyper_core.roles import check_choice, resolve_roles
-from hyper_core.sharing import Sharing
+from hyper_core.sharing import Sharing, networks_of
 from hyper_core.tokens import Tokens, from_tokens, to_tokens, token_shape
 
 Normalisation = Literal["none", "token_rms"]
@@ -279,14 +279,8 @@ class GeneratedParameters(nn.Module):
         return parameter_groups(self.hypernetworks, lr, parts or {}, roles or {})
 
 
-def _in_stack_order(sharing: Sharing, groups: Sequence[LeafGroup], what: str) -> Sharing:
-    """Return the labels as the groups' matrices follow one another."""
-    if isinstance(sharing, str):
-        return sharing
+def _in_stack_order(sharing: Sharing, groups: Sequence[LeafGroup], what: str) -> list[int]:
+    """Return the network of each matrix, as the groups' matrices follow one another."""
     positions = [position for group in groups for position in group.positions]
-    if len(sharing) != len(positions):
-        raise HyperError(
-            f"{what} has {len(sharing)} labels, expected one for each of {len(positions)} matrices;"
-            " give equal labels to those that share a network."
-        )
-    return [sharing[position] for position in positions]
+    networks = networks_of(sharing, len(positions), what)
+    return [networks[position] for position in positions]

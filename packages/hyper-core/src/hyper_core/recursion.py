@@ -58,11 +58,11 @@ class Recursion:
         # A surrounding autocast would round the factors to the precision of activations.
         with torch.autocast(cut[0].device.type, enabled=False):
             written = network(cut, context)
-        after = [
-            from_tokens(_scaled(part, 1 / scale), role.tokens, stack.shape[1])
-            for part, scale, stack in zip(written, scales, state, strict=True)
-        ]
-        values = constrain(self._combined(state, after), role.output)
+            after = [
+                from_tokens(_scaled(part, 1 / scale), role.tokens, stack.shape[1])
+                for part, scale, stack in zip(written, scales, state, strict=True)
+            ]
+            values = constrain(self._combined(state, after), role.output)
         return values if role.output == "free" else [_scaled(rows, role.norm) for rows in values]
 
     def _combined(self, state: Sequence[Tensor], after: list[Tensor]) -> list[Tensor]:
