@@ -159,7 +159,7 @@ def hypernetwork(tensors, config, stacks, networks=None, context=None):
         for _ in stack:
             holders.setdefault(stack.shape[2], set()).add(networks[number])
             number += 1
-    results, number = [], 0
+    results, number, place = [], 0, 0
     for stack in stacks:
         width = stack.shape[2]
         result = []
@@ -168,11 +168,11 @@ def hypernetwork(tensors, config, stacks, networks=None, context=None):
             projections = Weights(tensors, sorted(holders[width]).index(network))
             trunk = Weights(tensors, network, "trunk.")
             tokens = []
-            for position, row in enumerate(matrix):
+            for row in matrix:
                 token = projections.linear(f"inputs.{width}", row)
-                if "matrix_embedding" in tensors:
-                    token = token + tensors["matrix_embedding"][number]
-                    token = token + trunk["token_embedding"][position]
+                if "embedding" in tensors:
+                    token = token + tensors["embedding"][place]
+                    place += 1
                 if context is not None:
                     token = token + tensors["context.weight"] @ context[number]
                 tokens.append(trunk.norm("norm", token))

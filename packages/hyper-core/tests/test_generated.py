@@ -379,7 +379,7 @@ def test_unit_outputs_have_their_norm_from_the_first_step_on():
     torch.testing.assert_close(rows.norm(dim=-1), torch.full((2, 3), 2.5))
     torch.testing.assert_close(columns.norm(dim=-2), torch.full((2, 3), 2.5))
     gram = 6.25 * torch.eye(3).expand(2, -1, -1)
-    torch.testing.assert_close(factor @ factor.mT, gram, rtol=0, atol=1e-4)
+    torch.testing.assert_close(factor @ factor.mT, gram, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("tokens", ["rows", "columns"])
@@ -389,7 +389,7 @@ def test_free_outputs_start_with_the_expected_norm(tokens):
         {"w": [leaf]}, config="attention-small", tokens={"w": tokens}, norms={"w": 3.0}
     ).refresh()
     dim = {"rows": -1, "columns": -2}[tokens]
-    assert leaf.square().sum(dim).mean().item() == pytest.approx(9.0, rel=0.1)
+    assert leaf.square().sum(dim).mean().item() == pytest.approx(9.0, rel=0.2)
 
 
 def test_leaves_on_the_meta_device_show_sizes_without_memory():

@@ -90,7 +90,9 @@ def test_separate_networks_equal_hypernetworks_of_one_matrix_each():
     (found,) = stacked([stack])
     for i in range(3):
         single = Hypernetwork([(1, 2, 5)], CONFIG).double()
-        single.load_state_dict({k: v[i : i + 1] for k, v in stacked.state_dict().items()})
+        state = {k: v[i : i + 1] for k, v in stacked.state_dict().items()}
+        state["embedding"] = stacked.embedding[2 * i : 2 * i + 2]
+        single.load_state_dict(state)
         torch.testing.assert_close(single([stack[i : i + 1]])[0][0], found[i], rtol=0, atol=1e-14)
 
 
@@ -115,8 +117,7 @@ def test_every_weight_is_trained_and_known_to_the_twin():
         "outputs.5.bias",
         "trunk.norm.weight",
         "trunk.norm.bias",
-        "trunk.token_embedding",
-        "matrix_embedding",
+        "embedding",
     }
 
 
@@ -131,10 +132,8 @@ def test_without_embeddings_permuted_tokens_give_permuted_outputs(shaken):
 def test_a_width_does_not_change_what_is_written_for_another(shaken):
     alone = shaken(Hypernetwork([(2, 3, 5)], CONFIG).double())
     both = Hypernetwork([(2, 3, 5), (2, 3, 7)], CONFIG).double()
-    state = both.state_dict() | {
-        k: v for k, v in alone.state_dict().items() if k != "matrix_embedding"
-    }
-    state["matrix_embedding"][:2] = alone.state_dict()["matrix_embedding"]
+    state = both.state_dict() | {k: v for k, v in alone.state_dict().items() if k != "embedding"}
+    state["embedding"][:6] = alone.state_dict()["embedding"]
     both.load_state_dict(state)
     stacks = random_stacks([(2, 3, 5), (2, 3, 7)])
     torch.testing.assert_close(both(stacks)[0], alone(stacks[:1])[0], rtol=1e-12, atol=1e-13)
@@ -174,13 +173,12 @@ def test_unit_rows_arrive_with_unit_variance_and_leave_with_unit_norm(sharing):
         assert left.square().sum(-1).mean().item() == pytest.approx(1.0, abs=0.1)
 
 
-def test_embeddings_and_context_start_with_unit_variance():
+def test_embeddings_start_with_the_variance_of_two_and_context_with_that_of_one():
     network = Hypernetwork([(100, 100, 2)], AttentionConfig(), context_width=100)
     added = network.context(torch.randn(100, 100))
-    assert network.matrix_embedding.shape == (100, 312)
-    assert network.trunk.token_embedding.shape == (1, 100, 312)
-    for embedding in (network.matrix_embedding, network.trunk.token_embedding, added):
-        assert embedding.std().item() == pytest.approx(1.0, abs=0.03)
+    assert network.embedding.shape == (10_000, 312)
+    for embedding, variance in ((network.embedding, 2.0), (added, 1.0)):
+        assert embedding.var().item() == pytest.approx(variance, rel=0.05)
         assert embedding.mean().item() == pytest.approx(0.0, abs=0.03)
 
 

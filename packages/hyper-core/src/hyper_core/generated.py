@@ -113,10 +113,13 @@ class GeneratedParameters(nn.Module):
         self.hypernetworks = nn.ModuleDict()
         for name, role in self.roles.items():
             groups = self.groups_of(name)
+            order = [position for group in groups for position in group.positions]
+            self.register_buffer(f"order_{name}", torch.tensor(order), persistent=False)
+            networks = networks_of(role.sharing, len(order), f"sharing of {name!r}")
             self.hypernetworks[name] = Hypernetwork(
                 [token_shape(group.shape, role.tokens) for group in groups],
                 find_config(config),
-                sharing=_in_stack_order(role.sharing, groups, f"sharing of {name!r}"),
+                sharing=[networks[position] for position in order],
                 embeddings=embeddings,
                 context_width=context_width,
                 zero_output=role.zero_start or self.recursion.keeps_start,
@@ -167,9 +170,8 @@ class GeneratedParameters(nn.Module):
         for name, network in self.hypernetworks.items():
             assert isinstance(network, Hypernetwork)
             state = self.state_of(name)
-            rows = context_rows(context, name, self.groups_of(name))
-            if rows is not None:
-                rows = rows.to(state[0].device, state[0].dtype)
+            rows = context_rows(context, name, self.get_buffer(f"order_{name}"))
+            rows = None if rows is None else rows.to(state[0].dtype)
             values[name] = self.recursion.values(network, self.roles[name], state, rows)
         return values
 
@@ -277,10 +279,3 @@ class GeneratedParameters(nn.Module):
         0.0005
         """
         return parameter_groups(self.hypernetworks, lr, parts or {}, roles or {})
-
-
-def _in_stack_order(sharing: Sharing, groups: Sequence[LeafGroup], what: str) -> list[int]:
-    """Return the network of each matrix, as the groups' matrices follow one another."""
-    positions = [position for group in groups for position in group.positions]
-    networks = networks_of(sharing, len(positions), what)
-    return [networks[position] for position in positions]

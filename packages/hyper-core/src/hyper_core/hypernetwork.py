@@ -12,10 +12,11 @@ from hyper_core.sharing import Route, Sharing, networks_of
 from hyper_core.stacked import StackedLayerNorm, StackedLinear
 
 Shape = tuple[int, int, int]
+_EMBEDDING_VARIANCE = 2.0
 
 
 class Hypernetwork(nn.Module):
-    """y = W_out·Body(LN(W_in·x + e_matrix + e_token + W_c·c)), for all matrices of one role.
+    """y = W_out·Body(LN(W_in·x + e + W_c·c)) for each token x of all matrices of one role.
 
     A matrix is a row of tokens. Each distinct width of them has an input and an output projection;
     the body is one for all widths. Matrices of all widths go through the body in one batch (one
@@ -24,17 +25,18 @@ class Hypernetwork(nn.Module):
     ``shapes``: (matrices, tokens, width) of each stack. ``sharing``: "all" matrices have one
     network, "each" its own, or a label per matrix, through the stacks: equal labels share. Every
     weight has the networks that use it as its first dimension, and all of them run in one batch.
-    ``embeddings``: add a learned vector per matrix, and one per token index and network, of unit
-    variance: without them nothing tells matrices apart. ``context_width``: the size of c, a
+    ``embeddings``: add a learned vector e for each token of each matrix: without it nothing tells
+    them apart. ``context_width``: the size of c, a
     vector per matrix given to `forward`; 0 for none. ``zero_output``: start with output 0.
     ``body_dtype``: the body runs under autocast in this dtype; projections and weights keep theirs.
 
     Gradient: to all weights and to the input. Saved: all weights.
     Start: W_in has N(0, 1): the variance of Σⱼ wⱼ xⱼ is σ²·Σⱼ xⱼ², so that a token of unit norm
-    arrives with unit variance, as much as either embedding. W_c has N(0, 1/context_width), for
-    features of unit variance. W_out has N(0, 1/(n·width)): the body puts out a squared norm of n,
-    its features, so that each of ``width`` numbers has variance 1/width and the token has an
-    expected squared norm of one.
+    arrives with unit variance. e has N(0, 2): one for its matrix, one for its place in it; a sum of
+    two vectors, of matrix and place, would make equal places of all matrices alike. W_c has
+    N(0, 1/context_width), for features of unit variance. W_out has N(0, 1/(n·width)): the body puts
+    out a squared norm of n, its features, so that each of ``width`` numbers has variance 1/width
+    and the token has an expected squared norm of one.
     Paper: section 3.3 and equation 8. Deviations: the tokens, the embeddings, the sharing.
 
     Raises:
@@ -72,14 +74,14 @@ class Hypernetwork(nn.Module):
         by_stack = [networks[start:end] for start, end in pairwise(ends)]
         self.batches = self._batches(config)
         self._make_projections(by_stack, config)
-        tokens = max(count for _, count, _ in self.shapes)
-        self.matrix_embedding: nn.Parameter | None = None
+        self.embedding: nn.Parameter | None = None
         if embeddings:
-            self.matrix_embedding = nn.Parameter(torch.randn(sum(counts), config.input_width))
+            tokens = sum(count * tokens for count, tokens, _ in self.shapes)
+            self.embedding = nn.Parameter(torch.empty(tokens, config.input_width))
         self.context: nn.Linear | None = None
         if context_width:
             self.context = nn.Linear(context_width, config.input_width, bias=False)
-        self.trunk = Trunk(self.networks, tokens if embeddings else 0, config, body_dtype)
+        self.trunk = Trunk(self.networks, config, body_dtype)
         self.trunk_routes = nn.ModuleList(
             Route(list(chain.from_iterable(by_stack[i] for i in members)), range(self.networks))
             for members in self.batches
@@ -115,6 +117,8 @@ class Hypernetwork(nn.Module):
     def _start(self, features: int, zero_output: bool) -> None:
         for weight in self.inputs.parameters():
             weight.normal_()
+        if self.embedding is not None:
+            self.embedding.normal_(std=_EMBEDDING_VARIANCE**0.5)
         if self.context is not None:
             self.context.weight.normal_(std=self.context_width**-0.5)
         for width, projection in self.outputs.items():
@@ -145,49 +149,44 @@ class Hypernetwork(nn.Module):
         return [stack for stack in mixed if stack is not None]
 
     def _embed(self, stacks: Sequence[Tensor], context: Tensor | None) -> list[Tensor]:
-        projected = [
+        embedded = [
             route(self.inputs[str(stack.shape[2])], stack)
             for route, stack in zip(self.routes, stacks, strict=True)
         ]
-        by_matrix = self._by_matrix(context)
-        if by_matrix is None:
-            return projected
-        by_stack = torch.split(by_matrix.unsqueeze(1), [count for count, _, _ in self.shapes])
-        return [tokens + matrix for tokens, matrix in zip(projected, by_stack, strict=True)]
+        if self.embedding is not None:
+            sizes = [count * tokens for count, tokens, _ in self.shapes]
+            parts = torch.split(self.embedding, sizes)
+            embedded = [x + e.view_as(x) for x, e in zip(embedded, parts, strict=True)]
+        features = self._context_features(context)
+        if features is not None:
+            by_stack = torch.split(features.unsqueeze(1), [count for count, _, _ in self.shapes])
+            embedded = [x + c for x, c in zip(embedded, by_stack, strict=True)]
+        return embedded
 
-    def _by_matrix(self, context: Tensor | None) -> Tensor | None:
-        """Return what is added to all tokens of each matrix, (matrices, features)."""
-        expected = (sum(count for count, _, _ in self.shapes), self.context_width)
+    def _context_features(self, context: Tensor | None) -> Tensor | None:
+        """Return what the context adds to all tokens of each matrix, (matrices, features)."""
+        matrices = sum(count for count, _, _ in self.shapes)
+        expected = (matrices, self.context_width) if self.context_width else None
         got = None if context is None else tuple(context.shape)
-        if got != (expected if self.context_width else None):
+        if got != expected:
             raise HyperError(
-                f"context has the shape {got}, expected {expected if self.context_width else None}"
-                " as context_width says; give a row of features for each matrix."
+                f"context has the shape {got}, expected {expected} as context_width says; give a "
+                "row of features for each matrix."
             )
-        if self.context is None or context is None:
-            return self.matrix_embedding
-        features: Tensor = self.context(context)
-        return features if self.matrix_embedding is None else self.matrix_embedding + features
+        return None if self.context is None else self.context(context)
 
 
 class Trunk(nn.Module):
-    """Body(LN(x + e_token)) for each network: (networks, matrices, tokens, features)."""
+    """Body(LN(x)) for each network, (networks, matrices, tokens, features)."""
 
-    def __init__(
-        self, networks: int, tokens: int, config: BodyConfig, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, networks: int, config: BodyConfig, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.dtype = dtype
-        self.token_embedding: nn.Parameter | None = None
-        if tokens:
-            self.token_embedding = nn.Parameter(torch.randn(networks, tokens, config.input_width))
         self.norm = StackedLayerNorm(networks, config.input_width)
         self.body = config.build(networks)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the mixed tokens in the dtype of x."""
-        if self.token_embedding is not None:
-            x = x + self.token_embedding.unsqueeze(1)[:, :, : x.shape[2]]
         x = self.norm(x)
         if self.dtype is None:
             y: Tensor = self.body(x)

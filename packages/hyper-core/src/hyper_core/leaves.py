@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def group_leaves(
         one = 1 if role in scalars else 2
         members: dict[object, list[int]] = {}
         counts = [1 if leaf.ndim == one else len(leaf) for leaf in tensors]
-        ends = torch.tensor(counts, device="cpu").cumsum(0).tolist()
+        starts = list(accumulate(counts, initial=0))
         for i, leaf in enumerate(tensors):
             members.setdefault((leaf.ndim, leaf.shape[-one:], leaf.device), []).append(i)
         groups += [
@@ -115,7 +116,7 @@ def group_leaves(
                 role,
                 tuple(f"{role}[{i}]" for i in chosen),
                 tuple(tensors[i] for i in chosen),
-                tuple(p for i in chosen for p in range(ends[i] - counts[i], ends[i])),
+                tuple(p for i in chosen for p in range(starts[i], starts[i + 1])),
                 role in scalars,
             )
             for chosen in members.values()

@@ -52,7 +52,7 @@ class StackedLayerNorm(nn.Module):
     Gradient: to x, weight and bias. Saved: both. Start: the identity.
 
     >>> StackedLayerNorm(2, 3)(torch.ones(2, 4, 6, 3)).shape
-    0.0
+    torch.Size([2, 4, 6, 3])
     """
 
     def __init__(self, networks: int, features: int) -> None:

@@ -14,6 +14,13 @@ class BodyConfig(Protocol):
     (networks, matrices, tokens, ``output_width``), each matrix by itself, and each of
     ``networks`` networks with weights of its own, whose first dimension is ``networks``. It puts
     out unit variance at the start, and is a function of weights and input alone.
+
+    Raises:
+        HyperError: from `check_tokens`, for a batch that would not fit in memory.
+
+    >>> from hyper_core import PRESETS
+    >>> {name: config.output_width for name, config in PRESETS.items() if "small" in name}
+    {'attention-small': 96, 'conv-small': 96, 'mlp-small': 32}
     """
 
     @property
