@@ -88,7 +88,7 @@ def test_the_same_tensor_twice():
 def test_unknown_preset():
     assert text_of_making({"p": [leaf()]}, config="attention-tiny") == (
         "config is 'attention-tiny', expected a body's configuration or one of attention-tinybert, "
-        "attention-small, conv-resnet18, conv-small, mlp-15, mlp-small; correct the name."
+        "attention-small, attention-tiny, conv-resnet18, conv-small, mlp-15, mlp-small; correct the name."
     )
 
 

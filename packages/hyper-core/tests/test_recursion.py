@@ -67,10 +67,9 @@ def test_small_embeddings_make_the_components_of_a_matrix_one():
     for _ in range(100):
         generated.refresh()
         generated.commit()
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="collapse into one"):
         diagnosis = diagnose(generated)
     assert "their components collapse into one" in " ".join(diagnosis.warnings)
-    assert [str(warning.message) for warning in caught] == list(diagnosis.warnings)
     assert diagnosis.roles["p"].effective_rank < 1.2
 
 

@@ -160,7 +160,7 @@ def _findings(name: str, role: RoleDiagnosis, values: Sequence[Tensor]) -> list[
         texts.append(
             f"the matrices of {name!r} have a mean absolute cosine of {role.cosine:.2f} to one "
             f"another, expected at most {_COLLAPSED_COSINE}: they collapse into one; keep "
-            "embeddings of unit variance, take state='static', sharing='each' or a lower learning "
+            "the embeddings, take state='static', sharing='each' or a lower learning "
             "rate of the body."
         )
     least = 1 + (role.full_rank - 1) * _LEAST_SHARE_OF_RANK
@@ -168,7 +168,7 @@ def _findings(name: str, role: RoleDiagnosis, values: Sequence[Tensor]) -> list[
         texts.append(
             f"the matrices of {name!r} have an effective rank of {role.effective_rank:.2f}, "
             f"expected at least {least:.2f} of {role.full_rank:g}: their components collapse into "
-            "one; keep embeddings of unit variance, make the output 'orthonormal', or penalise "
+            "one; keep the embeddings, make the output 'orthonormal', or penalise "
             "what is not."
         )
     return texts

@@ -141,7 +141,7 @@ class GeneratedParameters(nn.Module):
         suffixes = [f"{role}_{i}" for role, groups in by_role for i, _ in enumerate(groups)]
         self._state_names = [f"state_{suffix}" for suffix in suffixes]
         for name, group in zip(self._state_names, self.groups, strict=True):
-            start = group.values().to(home)
+            start = group.values().to(home, copy=True)
             zero = self.roles[group.role].zero_start
             self.register_buffer(name, start.zero_() if zero else start)
         self._average_names: list[str] = []

@@ -39,8 +39,8 @@ class LeafGroup:
 
     @torch.no_grad()
     def values(self) -> Tensor:
-        """Return a detached copy of the leaves' values."""
-        return self._join(list(self.leaves))
+        """Return the leaves' values, detached; they may share memory with a leaf."""
+        return self._join([leaf.detach() for leaf in self.leaves])
 
     @torch.no_grad()
     def write_(self, values: Tensor) -> None:
@@ -53,7 +53,7 @@ class LeafGroup:
         torch._foreach_copy_(list(self.leaves), list(parts))
 
     def gradients(self) -> Tensor:
-        """Return the leaves' ``.grad``.
+        """Return the leaves' ``.grad``; it may share memory with one.
 
         Raises:
             HyperError: a leaf has none.
@@ -90,7 +90,10 @@ class LeafGroup:
         return self.leaves[0].ndim == (1 if self.scalars else 2)
 
     def _join(self, parts: list[Tensor]) -> Tensor:
-        stack = torch.stack(parts) if self._are_matrices() else torch.cat(parts)
+        if self._are_matrices():
+            stack = torch.stack(parts)
+        else:
+            stack = torch.cat(parts) if len(parts) > 1 else parts[0]
         return stack.unsqueeze(-1) if self.scalars else stack
 
 

@@ -1,10 +1,11 @@
 """What is done to the generated matrices: nothing, unit norms, or orthonormality."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Output = Literal["free", "unit_rows", "unit_columns", "orthonormal"]
 OUTPUTS: tuple[Output, ...] = ("free", "unit_rows", "unit_columns", "orthonormal")
@@ -30,9 +31,32 @@ def unit_vectors(stack: Tensor, dim: int) -> Tensor:
     >>> unit_vectors(torch.tensor([[[3.0, 4.0]]]), -1).tolist()
     [[[0.6000000238418579, 0.800000011920929]]]
     """
-    square = stack.square().sum(dim, keepdim=True)
-    has_norm = square > torch.finfo(stack.dtype).tiny
-    return stack * torch.where(has_norm, torch.where(has_norm, square, 1.0).rsqrt(), 0.0)
+    unit: Tensor = _UnitVectors.apply(stack, dim)[0]  # type: ignore[no-untyped-call]
+    return unit
+
+
+class _UnitVectors(torch.autograd.Function):
+    """y = x / ‖x‖ and 1 / ‖x‖; the gradient (g − y·⟨y, g⟩) / ‖x‖ in few passes over the numbers."""
+
+    @staticmethod
+    def forward(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        square = torch.linalg.vecdot(x, x, dim=dim).unsqueeze(dim)
+        has_norm = square > torch.finfo(x.dtype).tiny
+        inverse = torch.where(has_norm, torch.where(has_norm, square, 1.0).rsqrt(), 0.0)
+        return x * inverse, inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+        ctx.dim = inputs[1]
+        ctx.save_for_backward(*output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        unit, inverse = ctx.saved_tensors
+        along = torch.linalg.vecdot(unit, gradient, dim=ctx.dim).unsqueeze(ctx.dim)
+        return torch.addcmul(gradient, unit, along, value=-1).mul_(inverse), None
 
 
 def polar_factors(stacks: Sequence[Tensor]) -> list[Tensor]:

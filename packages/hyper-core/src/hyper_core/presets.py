@@ -13,6 +13,7 @@ PRESETS: Mapping[str, BodyConfig] = MappingProxyType(
     {
         "attention-tinybert": AttentionConfig(),
         "attention-small": AttentionConfig(hidden=96, heads=4, feed_forward=384),
+        "attention-tiny": AttentionConfig(hidden=48, heads=4, feed_forward=192),
         "conv-resnet18": ConvConfig(),
         "conv-small": ConvConfig(widths=(64, 96), blocks=(1, 1)),
         "mlp-15": MLPConfig(),
