@@ -50,6 +50,13 @@ def quickstart(session: nox.Session) -> None:
     session.run("python", "recipes/quickstart/quickstart.py", *session.posargs)
 
 
+@nox.session(reuse_venv=True)
+def bench_core(session: nox.Session) -> None:
+    """Time hyper-core's step; arguments of benchmarks/bench_hyper_core.py may follow `--`."""
+    install(session, "packages/hyper-core")
+    session.run("python", "benchmarks/bench_hyper_core.py", *session.posargs)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format."""

@@ -5,7 +5,7 @@ case is a process of its own, so that its peak memory is its own. Beside each ti
 the matrix products that the hypernetworks cannot do without, alone, measured in the same process.
 
     python benchmarks/bench_hyper_core.py            # all cases, as a table
-    python benchmarks/bench_hyper_core.py roberta-base 6 attention-small --repeats 20   # one of them
+    python benchmarks/bench_hyper_core.py roberta-base 6 attention-small --repeats 20   # one
 """
 
 import argparse
@@ -40,9 +40,17 @@ MODELS: dict[str, tuple[int, list[tuple[int, int]]]] = {
     ),
 }
 CASES = [
-    *(("roberta-base", rank, preset, 12) for rank in (3, 6, 8, 16) for preset in PRESETS),
-    *(("llama-3.1-8b", rank, "attention-tinybert", 3) for rank in (3, 8, 16)),
-    *(("llama-3.1-8b", rank, "attention-small", 3) for rank in (3, 8, 16)),
+    *(("roberta-base", 6, preset, 8) for preset in PRESETS),
+    *(
+        ("roberta-base", rank, f"attention-{size}", 8)
+        for rank in (3, 8, 16)
+        for size in ("tinybert", "small", "tiny")
+    ),
+    *(
+        ("llama-3.1-8b", rank, f"attention-{size}", 2)
+        for size in ("tinybert", "small")
+        for rank in (3, 8, 16)
+    ),
     *(("llama-3.1-70b", rank, "attention-small", 2) for rank in (3, 8, 16)),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -86,9 +86,10 @@ def test_the_same_tensor_twice():
 
 
 def test_unknown_preset():
-    assert text_of_making({"p": [leaf()]}, config="attention-tiny") == (
-        "config is 'attention-tiny', expected a body's configuration or one of attention-tinybert, "
-        "attention-small, attention-tiny, conv-resnet18, conv-small, mlp-15, mlp-small; correct the name."
+    assert text_of_making({"p": [leaf()]}, config="attention-big") == (
+        "config is 'attention-big', expected a body's configuration or one of attention-tinybert, "
+        "attention-small, attention-tiny, conv-resnet18, conv-small, mlp-15, mlp-small; correct "
+        "the name."
     )
 
 

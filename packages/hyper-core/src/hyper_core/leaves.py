@@ -40,7 +40,7 @@ class LeafGroup:
     @torch.no_grad()
     def values(self) -> Tensor:
         """Return the leaves' values, detached; they may share memory with a leaf."""
-        return self._join([leaf.detach() for leaf in self.leaves])
+        return self._join(list(self.leaves))
 
     @torch.no_grad()
     def write_(self, values: Tensor) -> None:
@@ -93,7 +93,7 @@ class LeafGroup:
         if self._are_matrices():
             stack = torch.stack(parts)
         else:
-            stack = torch.cat(parts) if len(parts) > 1 else parts[0]
+            stack = torch.cat(parts) if len(parts) > 1 else parts[0].detach()
         return stack.unsqueeze(-1) if self.scalars else stack
 
 

@@ -45,8 +45,8 @@ def reuse_(
     same model; then what belongs to a matrix is carried over too: its embeddings, and where
     sharing is not "all" its network.
 
-    Carried over: projections of the widths in common, bodies and context maps, where role and shape
-    are equal. One network of ``saved`` starts each of several here.
+    Carried over, a layer as a whole: projections of the widths in common, bodies and context maps,
+    where role and shape are equal. One network of ``saved`` starts each of several here.
     Afresh: state and averages, which are the run's; output projections that start at zero, so
     that the first step is still at its target; and what has no equal.
 
@@ -58,25 +58,27 @@ def reuse_(
     >>> "hypernetworks.w.inputs.3.weight" in reuse_(new, old.state_dict()).carried
     True
     """
-    carried: list[str] = []
+    here = generated.state_dict()
     fresh: dict[str, str] = {}
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for name, here in generated.state_dict().items():
-        why = _obstacle(generated, name, here, saved, same_matrices)
-        if why is None:
-            carried.append(name)
-            pairs.append((here, saved[name]))
-        else:
+    for name, value in here.items():
+        why = _obstacle(generated, name, value, saved, same_matrices)
+        if why is not None:
             fresh[name] = why
+    broken = {name.rpartition(".")[0]: name for name in fresh if name.startswith(_NETWORKS)}
+    for name in here:
+        module = name.rpartition(".")[0]
+        if module in broken and name not in fresh:
+            fresh[name] = f"it belongs to {broken[module]}"
+    carried = tuple(name for name in here if name not in fresh)
     if not carried:
         first, why = next(item for item in fresh.items() if item[0].startswith(_NETWORKS))
         raise HyperError(
             f"saved has nothing that can be carried over, for instance {first} starts afresh: "
             f"{why}; make the hypernetworks with the same roles and the same config."
         )
-    for here, there in pairs:
-        here.copy_(there)
-    return Reuse(tuple(carried), fresh)
+    for name in carried:
+        here[name].copy_(saved[name])
+    return Reuse(carried, fresh)
 
 
 def _obstacle(
