@@ -103,6 +103,17 @@ def matrix_by_matrix(generated: GeneratedParameters) -> None:
     torch.autograd.backward(written, gradients)
 
 
+def check(generated: GeneratedParameters) -> None:
+    """Both ways write the same values and reach the weights with the same gradients."""
+    found = []
+    for way in (batched, matrix_by_matrix):
+        way(generated)
+        values = [group.leaves[0][:2].clone() for group in generated.groups]
+        found.append([*values, *(p.grad for p in generated.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+
+
 def products_of(generated: GeneratedParameters) -> Callable[[], None]:
     """Return what runs the matrix products of `batched`, forward and backward, and no more."""
     linears: list[tuple[Tensor, Tensor, bool]] = []
@@ -177,6 +188,7 @@ def measure(model: str, rank: int, preset: str, repeats: int) -> dict[str, float
     generated = make(model, rank, preset)
     batched(generated)
     memory = peak_mib() - before
+    check(generated)
     runs = [lambda: batched(generated), products_of(generated)]
     taken = seconds(runs, repeats) + seconds([lambda: matrix_by_matrix(generated)], 1)
     values = sum(leaf.numel() for group in generated.groups for leaf in group.leaves)

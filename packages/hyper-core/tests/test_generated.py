@@ -354,6 +354,23 @@ def test_a_surrounding_autocast_changes_nothing():
     torch.testing.assert_close(list(model.parameters()), expected, rtol=0, atol=0)
 
 
+def test_a_narrow_body_writes_and_learns_nearly_the_same_in_float32():
+    pairs = []
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(3)
+        leaf = torch.randn(4, 3, 16, requires_grad=True)
+        generated = GeneratedParameters({"p": [leaf]}, config=CONFIG, body_dtype=dtype)
+        generated.refresh()
+        leaf.sum().backward()
+        generated.backward()
+        gradients = torch.cat([p.grad.flatten() for p in generated.parameters()])
+        pairs.append((leaf.detach(), gradients))
+    for wide, narrow in zip(*pairs, strict=True):
+        assert narrow.dtype == torch.float32
+        error = (narrow - wide).norm() / wide.norm()
+        assert 1e-5 < error < 0.05
+
+
 def test_parameters_are_the_hypernetworks_alone():
     model, generated = make("recurrent", "token_rms")
     own = {id(parameter) for parameter in generated.parameters()}

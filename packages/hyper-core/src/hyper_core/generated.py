@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hyper_core.bodies.config import BodyConfig
-from hyper_core.context import context_rows
+from hyper_core.context import Context, context_rows
 from hyper_core.errors import HyperError
 from hyper_core.hypernetwork import Hypernetwork
 from hyper_core.learning_rates import parameter_groups
@@ -161,7 +161,7 @@ class GeneratedParameters(nn.Module):
         saved = zip(self.groups, self._saved(self._state_names), strict=True)
         return [state for group, state in saved if group.role == role]
 
-    def generate(self, context: Any = None) -> dict[str, list[Tensor]]:
+    def generate(self, context: Context = None) -> dict[str, list[Tensor]]:
         """Return the values of each group by role, in autograd's graph; changes nothing.
 
         ``context``: as for `refresh`.
@@ -175,7 +175,7 @@ class GeneratedParameters(nn.Module):
             values[name] = self.recursion.values(network, self.roles[name], state, rows)
         return values
 
-    def refresh(self, context: Any = None) -> None:
+    def refresh(self, context: Context = None) -> None:
         """Write this step's values into the leaves, which must not change until `backward`.
 
         A function of weights, state and context alone: a second call writes the same values. Under
