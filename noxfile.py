@@ -12,7 +12,7 @@ CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
 PACKAGES = ("hyper-core", "lowrank-adapters", "rank-budget", "hyper-tune")
 ALL = [f"packages/{name}" for name in PACKAGES]
 EVERYTHING = [*ALL[:2], f"{ALL[2]}[plot]", f"{ALL[3]}[torchtune]"]
-TEST_TOOLS = ["pytest", "hypothesis", "numpy"]
+TEST_TOOLS = ["pytest", "hypothesis"]
 
 # What each set of tests needs beside TEST_TOOLS. A package is tested without its siblings, as it
 # is installed elsewhere; PEFT and torchtune are never in one environment.

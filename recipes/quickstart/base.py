@@ -53,8 +53,9 @@ class Settings:
     matrix_learning_rate: float = 0.02
 
     def digest(self) -> str:
-        """Return a short name for these settings."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+        """Return a short name for these settings and for the code that makes a base of them."""
+        code = [Path(__file__).with_name(name).read_text() for name in ("base.py", "world.py")]
+        return hashlib.sha256(json.dumps([asdict(self), code]).encode()).hexdigest()[:16]
 
 
 def train_tokenizer(settings: Settings) -> Tokenizer:

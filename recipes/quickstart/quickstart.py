@@ -38,6 +38,17 @@ def main() -> None:
     write_data(data, settings)
     fine_tune(base, data, run)
     report(run)
+    check(run)
+
+
+def check(run: Path) -> None:
+    """Stop with a failure unless the adapter answers what the base could not."""
+    summary = json.loads((run / "summary.json").read_text())
+    before, after = summary["before"]["exact_match"], summary["after"]["exact_match"]
+    if not before < 0.05 < 0.5 < after:
+        sys.exit(
+            f"Exact match went from {before:.1%} to {after:.1%}; it should rise from 0 to 90%."
+        )
 
 
 def write_data(folder: Path, settings: Settings) -> None:

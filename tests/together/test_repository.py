@@ -123,3 +123,17 @@ def test_every_choice_in_a_config_that_is_not_the_papers_says_why(path):
 def test_the_readme_shows_the_report_that_came_out():
     report = (ROOT / "docs/assets/quickstart/report.txt").read_text()
     assert f"<!-- quickstart -->\n```\n{report}```\n" in (ROOT / "README.md").read_text()
+
+
+def test_the_documented_values_of_tiny_llama_are_those_of_its_file():
+    text = (ROOT / "docs/guide/configuration.md").read_text()
+    section = text.split("## What `tiny_llama` has instead")[1]
+    config = yaml.safe_load((CONFIGS[0].parent / "tiny_llama.yaml").read_text())
+    rows = re.findall(r"^\| (`.+?`) \| (.+?) \|", section, flags=re.MULTILINE)
+    assert len(rows) > 10
+    for names, values in rows:
+        for name, value in zip(names.split(", "), values.split(", "), strict=True):
+            found = config
+            for key in name.strip("`").split("."):
+                found = found[key]
+            assert str(found) == str(yaml.safe_load(value.strip("`"))), name

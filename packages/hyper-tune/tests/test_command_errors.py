@@ -1,7 +1,9 @@
 """What a person sees who gets something wrong: one message, status 2, no traceback."""
 
+import errno
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,23 +89,46 @@ def test_a_missing_tokenizer_is_named(fails: Failing, tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("method.name=hyperadalor", "method.name is 'hyperadalor', but must be one of lora, "),
-        ("method.init_rank=0", "method.init_rank is 0, but must be at least 1; "),
-        ("method.budget=5", "method.budget is 5, but must be above 0 and at most "),
+        ("method.init_rank=0", "method.init_rank is 0, but must be a whole number at least 1; "),
+        ("method.budget=5", "method.budget is 5, but must be at most method.init_rank = 4; "),
         ("method.bugdet=1", "method has no key 'bugdet'; did you mean 'budget'?"),
         ("batchsize=1", "configuration has no key 'batchsize'; did you mean 'batch_size'?"),
-        ("batch_size=0", "batch_size is 0, but must be a whole number of at least 1; "),
-        ("batch_size=two", "batch_size is 'two', but must be a whole number of at least 1; "),
+        ("batch_size=0", "batch_size is 0, but must be a whole number at least 1; "),
+        ("batch_size=two", "batch_size is 'two', but must be a whole number at least 1; "),
         ("optimizer=adam", "optimizer: adam cannot be built"),
         ("method=lora", "configuration: method must be a section of keys, such as name."),
         ("optimizer._component_=torch.optim.Adamm", "optimizer: torch.optim.Adamm cannot be built"),
-        ("device=tpu", "device is 'tpu'; expected cpu or cuda."),
+        ("device=mps", "device is 'mps', but must be one of cpu, cuda; "),
+        ("seed=abc", "seed is 'abc', but must be a whole number; correct it."),
+        ("seed=null", "seed is None, but must be a whole number; correct it."),
+        ("output_dir=5", "output_dir is 5, but must be text; put quotes around it if it looks"),
+        ("checkpointer.checkpoint_dir=null", "checkpointer.checkpoint_dir is None, but must be te"),
+        (
+            "checkpointer._component_=torchtune.training.FullModelMetaCheckpointer",
+            "but reads other files than .safetensors; use torchtune.training.FullModelHFCheckpo",
+        ),
+        ("checkpointer.recipe_checkpoint=x.pt", "checkpointer.recipe_checkpoint is not read; rem"),
+        ("method.pruning.interval=abc", "method.pruning.interval is 'abc', but must be a whole nu"),
+        ("method.pruning.interval=1.5", "method.pruning.interval is 1.5, but must be a whole numb"),
+        ("method.pruning.finish_by=x", "method.pruning.finish_by is 'x', but must be a number ab"),
+        ("method.target_modules=5", "method.target_modules is 5, but must be names or patterns "),
+        ("method.init_rank=3.5", "method.init_rank is 3.5, but must be a whole number at least"),
+        ("method.init_rank=true", "method.init_rank is True, but must be a whole number at least"),
+        ("method.exclude=q_pro", "'q_pro' matches no linear layer; did you mean"),
+        ("model.num_heads=5", "model: torchtune.models.llama3.llama3 cannot be built: "),
         ("device=cuda", "device is 'cuda', but this machine has no usable GPU; set device=cpu."),
         ("dataset.path=none.jsonl", "none.jsonl"),
         ("resume_from_checkpoint", "'resume_from_checkpoint' is not understood; overrides are "),
-        ("output_dir=runs/lr=1", "'output_dir=runs/lr=1' is not understood; overrides are "),
-        ("~dataset.pth", "'~dataset.pth' is not understood; overrides are "),
+        ("~dataset.pth", "~dataset.pth: there is no such key to remove; did you mean 'path'?"),
+        ("dataset=null", "configuration: the key 'dataset' is missing; add it to the file."),
+        ("~optimizer", "configuration: the key 'optimizer' is missing; add it to the file."),
+        ("dataset_val.path=x.jsonl", "configuration: dataset_val names no component; write "),
+        ("optimizer.lrr=1", "unexpected keyword argument 'lrr'; did you mean 'lr'?"),
+        ("optimizer.lr=-1", "optimizer: torch.optim.Adam cannot be built: Invalid learning rate"),
+        ("dataset.path=[", "'dataset.path=[': the value is not YAML; put quotes around it."),
+        ("exact_match={path: x, max_new_tokens: 0}", "exact_match.max_new_tokens is 0, but must"),
         ("~checkpointer.checkpoint_dir", "checkpointer.checkpoint_dir is missing; "),
-        ("exact_match.path=null", "exact_match.path is missing; "),
+        ("exact_match={path: null}", "exact_match.path is missing; "),
         ("exact_match.file=x", "exact_match has no key 'file'; "),
         ("model.vocab_size=200", "records.jsonl:1: the tokenizer makes token 2"),
         ("method.hypernetwork.preset=big", "method.hypernetwork.preset is 'big', but must be one"),
@@ -114,10 +139,10 @@ def test_a_wrong_value_is_named_with_its_rule(fails: Failing, override: str, mes
 
 
 def test_options_that_contradict_the_method_are_refused(fails: Failing) -> None:
-    message = fails(method={"name": "lora", "pruning": {"interval": 10}})
+    message = fails(method={"name": "lora", "pruning": {"interval": 10}, "budget": 2})
     assert message == (
-        "method.pruning is set, but method.name 'lora' has none; remove it or choose adalora or "
-        "hyperadalora."
+        "method.name 'lora' has no method.pruning, method.budget; leave them out (on the command "
+        "line of a recipe: '~method.pruning' '~method.budget'), or choose a method that has them."
     )
 
 
@@ -140,13 +165,91 @@ def test_a_checkpoint_of_another_model_is_refused(fails: Failing) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("model.safetensors", "half", "cannot be read: "),
+        ("config.json", "{", "config.json is not JSON: "),
+        ("config.json", "{}", "config.json has no num_attention_heads; "),
+        (
+            "tokenizer.model",
+            "half",
+            "tokenizer: torchtune.models.llama3.llama3_tokenizer cannot be",
+        ),
+        ("special_tokens.json", "{}", "cannot be built: KeyError('added_tokens')"),
+    ],
+)
+def test_a_damaged_file_of_the_base_is_named(
+    fails: Failing, llama: dict[str, Any], tmp_path: Path, file: str, text: str, message: str
+) -> None:
+    folder = shutil.copytree(llama["checkpointer"]["checkpoint_dir"], tmp_path / "base")
+    (folder / file).write_text(text)
+    said = fails(
+        f"checkpointer.checkpoint_dir={folder}",
+        f"tokenizer.path={folder}/tokenizer.model",
+        f"tokenizer.special_tokens_path={folder}/special_tokens.json",
+    )
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["dataset.packed=True", "tokenizer.max_seq_len=64"],
+            "dataset.packed is set, but packed samples need a mask per document",
+        ),
+        (["dataset.split=train[:0]"], "dataset: torchtune.datasets.chat_dataset cannot be built: "),
+        ([], "dataset, sample 1: "),
+    ],
+)
+def test_a_data_set_of_torchtune_that_does_not_fit_is_refused(
+    fails: Failing, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    path = tmp_path / "chat.json"
+    turns = ["Why?", "So."], ["Why?", "so " * 200]
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in turns
+    ]
+    path.write_text(json.dumps(rows))
+    keys = {"source": "json", "data_files": str(path), "split": "train", "packed": False}
+    dataset = {"_component_": "torchtune.datasets.chat_dataset", "conversation_style": "openai"}
+    dataset |= {"conversation_column": "messages", **keys}
+    assert message in fails(*overrides, dataset=dataset)
+
+
+def test_a_disk_that_is_full_is_one_message(
+    fails: Failing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "state.safetensors")
+
+    monkeypatch.setattr("hyper_tune.torchtune.recipe.write_checkpoint", refuse)
+    assert fails() == (
+        "[Errno 28] No space left on device: 'state.safetensors'; nothing half-written is left, "
+        "what was saved stays."
+    )
+
+
 def test_a_sample_longer_than_the_model_reads_is_named(fails: Failing, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     rows = [{"question": "Why?", "answer": "So."}, {"question": "Why?", "answer": "so " * 200}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     message = fails(f"dataset.path={path}")
     assert message.startswith(f"{path}:2: ")
-    assert "but the model reads at most 256; set tokenizer.max_seq_len to 256" in message
+    assert "but the model reads at most 256 (1 of 2 records are longer); set tokenizer." in message
+
+
+def test_a_question_that_leaves_no_room_for_its_answer_is_named(
+    fails: Failing, records: Path
+) -> None:
+    message = fails(f"exact_match.path={records}", "exact_match.max_new_tokens=250")
+    assert re.match(
+        rf"{records}:1: a question of \d+ tokens and exact_match.max_new_tokens = 250 are more "
+        "than the 256 tokens that the model reads; ",
+        message,
+    ), message
 
 
 def test_malformed_data_names_file_and_line(fails: Failing, tmp_path: Path) -> None:
@@ -171,6 +274,9 @@ def test_losses_that_are_not_finite_end_the_run_and_keep_the_checkpoint(
     assert re.match(r"steps \d+ to \d+ had no finite loss or gradient", message)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows[-3:]] == [False, True, True]
+    assert message.endswith(
+        "/run/checkpoints are untouched. Lower optimizer.lr, or set clip_grad_norm."
+    )
     saved = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert saved[-1] == f"step-{rows[-3]['step']:08d}"
 
@@ -179,5 +285,59 @@ def test_pruning_that_never_reaches_the_budget_warns(
     make_config: Callable[..., Path], run: Callable[..., None]
 ) -> None:
     config = make_config(method=OmegaConf.create({"name": "adalora", "init_rank": 4}))
-    with pytest.warns(UserWarning, match="leaves 56 of 56 ranks after 12 steps, above the budget"):
+    with pytest.warns(UserWarning, match="leaves 56 of 56 ranks before the last of 12 steps"):
         run(config)
+
+
+def test_losses_that_are_never_finite_say_that_nothing_was_saved(fails: Failing) -> None:
+    message = fails("optimizer.lr=1e30", "max_skipped_steps=2", "save_every_n_steps=100")
+    assert message.endswith(
+        "no checkpoint was saved before. Lower optimizer.lr, or set clip_grad_norm."
+    )
+
+
+def test_an_interruption_says_how_to_go_on(
+    make_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hyper_tune.torchtune.recipe.FineTuning.train", interrupt)
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(make_config())])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130
+    assert "interrupted; resume with resume_from_checkpoint=True." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"max_steps": 2},
+            r"num_warmup_steps is 2, but the run has 2 steps, so that the learning rate never",
+        ),
+        ({"validate_every_n_steps": 2}, "dataset_val is null; nothing is validated"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the pruning schedule leaves")
+def test_settings_without_effect_are_warned_of(
+    make_config: Callable[..., Path], run: Callable[..., None], keys: dict[str, int], message: str
+) -> None:
+    with pytest.warns(UserWarning, match=message):
+        run(make_config(**keys))
+
+
+def test_a_loss_that_did_not_fall_is_said(
+    make_config: Callable[..., Path],
+    run: Callable[..., None],
+    records: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    component = "hyper_tune.torchtune.data.file_dataset"
+    keys: dict[str, Any] = {"dataset_val": {"_component_": component, "path": str(records)}}
+    for lr, expected in ((0.0, True), (1e-3, False)):
+        run(make_config(**keys, output_dir=f"{records.parent}/{lr}"), f"optimizer.lr={lr}")
+        assert ("the held-out loss did not fall" in capsys.readouterr().err) is expected

@@ -46,17 +46,26 @@ def test_peft_names_are_understood() -> None:
         ({"r": 4, "init_rank": 4}, "method gives one setting twice, under two names: "),
         ({"pruning": {"intervall": 3}}, "method.pruning has no key 'intervall'; did you mean "),
         ({"pruning": 3}, "method.pruning is 3, but must be a section of keys."),
-        ({"pruning": {"interval": 0}}, "method.pruning.interval is 0, but counts steps; set it"),
-        ({"pruning": {"count": 0}}, "method.pruning.count is 0, but counts ranks; set it"),
-        ({"pruning": {"finish_by": 1.5}}, "method.pruning.finish_by is 1.5, but is a fraction"),
-        ({"orthogonality": -1}, "method.orthogonality is -1, but must not be negative; "),
-        ({"alpha": 0}, "method.alpha is 0, but must be positive; "),
-        ({"init_rank": "six"}, "method: a value has the wrong type "),
-        ({"name": "lora", "budget": 2}, "method.budget is set, but method.name 'lora' has none; "),
+        (
+            {"pruning": {"interval": 0}},
+            "method.pruning.interval is 0, but must be a whole number at ",
+        ),
+        ({"pruning": {"count": 0}}, "method.pruning.count is 0, but must be a whole number at le"),
+        (
+            {"pruning": {"finish_by": 1.5}},
+            "method.pruning.finish_by is 1.5, but must be a number above 0 ",
+        ),
+        ({"orthogonality": -1}, "method.orthogonality is -1, but must be a number at least 0; "),
+        ({"alpha": 0}, "method.alpha is 0, but must be a number above 0; "),
+        (
+            {"init_rank": "six"},
+            "method.init_rank is 'six', but must be a whole number at least 1; ",
+        ),
+        ({"name": "lora", "budget": 2}, "method.name 'lora' has no method.budget; leave "),
         (
             {"name": "adalora", "hypernetwork": {}},
-            "method.hypernetwork is set, but method.name 'adalora' has none; remove it or choose "
-            "hyperlora or hyperadalora.",
+            "method.name 'adalora' has no method.hypernetwork; leave them out (on the command line "
+            "of a recipe: '~method.hypernetwork'), or choose a method that has them.",
         ),
     ],
 )

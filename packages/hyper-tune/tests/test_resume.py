@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -121,6 +123,47 @@ def test_a_checkpoint_of_another_run_is_refused(
 ) -> None:
     config = make_config()
     run(config)
-    message = "the checkpoint is of another run: seed was 0 and is now 1 "
+    message = (
+        r"the checkpoint is of another run: method\.init_rank was 4 and is now 3, "
+        "method.alpha was 4.0 and is now 3.0, seed was 0 and is now 1, "
+        r"total_steps \(from epochs, max_steps, the samples and the batch\) was 12 and is now 11; "
+        "restore the settings"
+    )
+    changed = ["seed=1", "method.init_rank=3", "max_steps=11"]
     with pytest.raises(ValueError, match=message):
-        run(config, "resume_from_checkpoint=True", "seed=1")
+        run(config, "resume_from_checkpoint=True", *changed)
+
+
+def test_another_base_is_refused_and_moved_data_is_not(
+    make_config: Callable[..., Path],
+    run: Callable[..., None],
+    llama: dict[str, Any],
+    records: Path,
+    tmp_path: Path,
+) -> None:
+    config = make_config(max_steps=4)
+    run(config)
+    moved = tmp_path / "moved.jsonl"
+    shutil.copyfile(records, moved)
+    run(config, "resume_from_checkpoint=True", f"dataset.path={moved}")
+    moved.write_text(records.read_text().replace("0 plus 0", "0 plus 1"))
+    with pytest.raises(ValueError, match="another run: the digest of the dataset's tokens was"):
+        run(config, "resume_from_checkpoint=True", f"dataset.path={moved}")
+
+    folder = shutil.copytree(llama["checkpointer"]["checkpoint_dir"], tmp_path / "base")
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(bytes(weights))
+    with pytest.raises(ValueError, match="another run: the digest of the base's weights and token"):
+        run(config, "resume_from_checkpoint=True", f"checkpointer.checkpoint_dir={folder}")
+
+
+def test_resuming_without_a_checkpoint_says_that_it_starts_anew(
+    make_config: Callable[..., Path],
+    run: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(make_config(max_steps=4), "resume_from_checkpoint=True")
+    assert re.search(
+        r"no checkpoint in .*/run/checkpoints; starting at step 0", capsys.readouterr().err
+    )

@@ -243,11 +243,12 @@ def _make_allocator(config: MethodConfig, stack: FactorStack, total_steps: int) 
         schedule = FixedPruning(
             initial=initial, budget=budget, count=settings.count, interval=settings.interval
         )
-    reached = schedule.live_ranks(total_steps)
+    # What falls at the last step falls after the last update: nothing can make up for it.
+    reached = schedule.live_ranks(total_steps - 1)
     if reached > budget:
         warnings.warn(
-            f"the pruning schedule leaves {reached} of {initial} ranks after {total_steps} steps, "
-            f"above the budget of {budget}; lower method.pruning.interval "
+            f"the pruning schedule leaves {reached} of {initial} ranks before the last of "
+            f"{total_steps} steps, above the budget of {budget}; lower method.pruning.interval "
             f"({settings.interval}) or raise method.pruning.count.",
             stacklevel=3,
         )

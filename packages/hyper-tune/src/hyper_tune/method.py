@@ -1,16 +1,17 @@
 """What a run trains: the choices of layer, owner of the factors, hypernetwork and rank budget."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from hyper_core import PRESETS
+from hyper_tune.checks import known_fields, require, require_choice, require_number
 from hyper_tune.errors import UserError
 
 State = Literal["recurrent", "static"]
 GradientNormalisation = Literal["none", "token_rms"]
 Importance = Literal["sensitivity", "magnitude"]
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -37,34 +38,6 @@ _PEFT_NAMES = {
     "exclude_modules": "exclude",
     "orth_reg_weight": "orthogonality",
 }
-
-
-def require(condition: bool, field: str, value: object, rule: str, remedy: str) -> None:
-    """Raise a `UserError` that names the field, its value, the rule and the remedy.
-
-    >>> require(3 > 0, "method.init_rank", 3, "must be positive", "set it to 1 or more")
-    """
-    if not condition:
-        raise UserError(f"{field} is {value!r}, but {rule}; {remedy}.")
-
-
-def require_choice(field: str, value: str, choices: Mapping[str, object] | tuple[str, ...]) -> None:
-    """Raise a `UserError` that lists the choices and the nearest name."""
-    if value in choices:
-        return
-    near = difflib.get_close_matches(str(value), list(choices), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "choose one of them."
-    raise UserError(f"{field} is {value!r}, but must be one of {', '.join(choices)}; {hint}")
-
-
-def known_fields(section: str, given: Mapping[str, Any], known: set[str]) -> None:
-    """Raise a `UserError` for the first key of ``given`` that ``section`` does not have."""
-    for key in given:
-        if key in known:
-            continue
-        near = difflib.get_close_matches(str(key), sorted(known), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known))}."
-        raise UserError(f"{section} has no key {key!r}; {hint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,17 +92,10 @@ class PruningSettings:
 
     def __post_init__(self) -> None:
         section = "method.pruning"
-        positive = "set it to 1 or more"
-        require(self.interval >= 1, f"{section}.interval", self.interval, "counts steps", positive)
+        require_number(f"{section}.interval", self.interval, whole=True, least=1)
         if self.count is not None:
-            require(self.count >= 1, f"{section}.count", self.count, "counts ranks", positive)
-        require(
-            0 < self.finish_by <= 1,
-            f"{section}.finish_by",
-            self.finish_by,
-            "is a fraction of the run",
-            "set it above 0 and up to 1",
-        )
+            require_number(f"{section}.count", self.count, whole=True, least=1)
+        require_number(f"{section}.finish_by", self.finish_by, above=0, most=1)
         require_choice(f"{section}.importance", self.importance, get_args(Importance))
 
 
@@ -153,31 +119,41 @@ class MethodConfig:
     init_rank: int = 6
     budget: float | None = None
     alpha: float | None = None
-    target_modules: str | tuple[str, ...] = "all-linear"
-    exclude: tuple[str, ...] = ()
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    exclude: str | tuple[str, ...] = ()
     orthogonality: float | None = None
     hypernetwork: HypernetworkSettings | None = None
     pruning: PruningSettings | None = None
 
     def __post_init__(self) -> None:
         require_choice("method.name", self.name, METHODS)
-        rule, remedy = "must be at least 1", "set it to 1 or more"
-        require(self.init_rank >= 1, "method.init_rank", self.init_rank, rule, remedy)
+        require_number("method.init_rank", self.init_rank, whole=True, least=1)
+        for field in ("target_modules", "exclude"):
+            self._require_names(field)
         self._refuse_contradictions()
         self._fill_defaults()
+        require_number("method.budget", self.budget, above=0)
         assert self.budget is not None
-        assert self.alpha is not None
         require(
-            0 < self.budget <= self.init_rank,
+            self.budget <= self.init_rank,
             "method.budget",
             self.budget,
-            f"must be above 0 and at most method.init_rank = {self.init_rank}",
+            f"must be at most method.init_rank = {self.init_rank}",
             "lower the budget or raise init_rank",
         )
-        require(self.alpha > 0, "method.alpha", self.alpha, "must be positive", "try init_rank")
-        weight = self.orthogonality
-        rule, remedy = "must not be negative", "set it to 0 or more"
-        require(weight is None or weight >= 0, "method.orthogonality", weight, rule, remedy)
+        require_number("method.alpha", self.alpha, above=0)
+        if self.orthogonality is not None:
+            require_number("method.orthogonality", self.orthogonality, least=0)
+
+    def _require_names(self, field: str) -> None:
+        """Take one name for a tuple of it, as PEFT does; refuse what is no name."""
+        value = getattr(self, field)
+        if isinstance(value, str) and value != ALL_LINEAR:
+            value = (value,)
+            object.__setattr__(self, field, value)
+        names = isinstance(value, (str, tuple)) and all(isinstance(name, str) for name in value)
+        rule = "must be names or patterns of modules"
+        require(names, f"method.{field}", value, rule, "write [q_proj, v_proj]")
 
     @property
     def method(self) -> Method:
@@ -185,19 +161,21 @@ class MethodConfig:
         return METHODS[self.name]
 
     def _refuse_contradictions(self) -> None:
-        generated = "hyperlora or hyperadalora"
-        ranked = "adalora or hyperadalora"
-        for field, allowed, methods in (
-            ("hypernetwork", self.method.generated, generated),
-            ("pruning", self.method.prunes, ranked),
-            ("budget", self.method.prunes, ranked),
-            ("orthogonality", self.method.layer == "svd", ranked),
-        ):
-            if getattr(self, field) is not None and not allowed:
-                raise UserError(
-                    f"method.{field} is set, but method.name {self.name!r} has none; "
-                    f"remove it or choose {methods}."
-                )
+        method = self.method
+        has = {
+            "hypernetwork": method.generated,
+            "pruning": method.prunes,
+            "budget": method.prunes,
+            "orthogonality": method.layer == "svd",
+        }
+        odd = [name for name in has if not has[name] and getattr(self, name) is not None]
+        if odd:
+            named = ", ".join(f"method.{name}" for name in odd)
+            removed = " ".join(f"'~method.{name}'" for name in odd)
+            raise UserError(
+                f"method.name {self.name!r} has no {named}; leave them out (on the command line of "
+                f"a recipe: {removed}), or choose a method that has them."
+            )
 
     def _fill_defaults(self) -> None:
         method = self.method

@@ -22,6 +22,7 @@ def adalora(init_rank: int, budget: float, **pruning: Any) -> MethodConfig:
     return MethodConfig("adalora", init_rank=init_rank, budget=budget, pruning=settings)
 
 
+@pytest.mark.filterwarnings("ignore:the pruning schedule leaves")
 @pytest.mark.parametrize("budget", [1, 4 / 3, 1.5, 2, 3, 4])
 @pytest.mark.parametrize(("interval", "steps"), [(1, 9), (2, 9), (3, 30), (30, 30), (7, 20)])
 @pytest.mark.parametrize("finish_by", [0.1, 0.7, 1.0])
@@ -51,7 +52,12 @@ def test_the_budget_is_met_exactly(
 
 @pytest.mark.parametrize(
     ("pruning", "steps", "left"),
-    [({"interval": 10, "count": 2}, 29, 8), ({"interval": 100}, 99, 12), ({"count": 1}, 200, 10)],
+    [
+        ({"interval": 10, "count": 2}, 29, 8),
+        ({"interval": 10, "count": 2}, 30, 8),
+        ({"interval": 100}, 100, 12),
+        ({"count": 1}, 200, 11),
+    ],
 )
 def test_a_schedule_that_does_not_meet_the_budget_warns(
     pruning: dict[str, int], steps: int, left: int
@@ -61,8 +67,9 @@ def test_a_schedule_that_does_not_meet_the_budget_warns(
     (warning,) = caught
     interval = pruning.get("interval", 100)
     assert str(warning.message) == (
-        f"the pruning schedule leaves {left} of 12 ranks after {steps} steps, above the budget of "
-        f"6; lower method.pruning.interval ({interval}) or raise method.pruning.count."
+        f"the pruning schedule leaves {left} of 12 ranks before the last of {steps} steps, above "
+        f"the budget of 6; lower method.pruning.interval ({interval}) or raise "
+        "method.pruning.count."
     )
     assert warning.filename == __file__
 
@@ -70,8 +77,8 @@ def test_a_schedule_that_does_not_meet_the_budget_warns(
 def test_a_schedule_that_meets_the_budget_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assemble(plain_model(), adalora(4, 2, interval=10, count=2), total_steps=30)
-        assemble(plain_model(), adalora(4, 2, interval=10), total_steps=10)
+        assemble(plain_model(), adalora(4, 2, interval=10, count=2), total_steps=31)
+        assemble(plain_model(), adalora(4, 2, interval=10), total_steps=11)
 
 
 def test_methods_without_a_budget_keep_every_rank(small: SimpleNamespace, case: str) -> None:

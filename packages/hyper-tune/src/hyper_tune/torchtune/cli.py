@@ -5,23 +5,26 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TextIO
 
 from omegaconf import DictConfig, OmegaConf
-from torchtune import config
 
 from hyper_core import HyperError
 from hyper_tune import parallel
 from hyper_tune.errors import UserError
+from hyper_tune.torchtune.overrides import apply_overrides
 from hyper_tune.torchtune.recipe import FineTuning
-from hyper_tune.torchtune.settings import RecipeSettings
+from hyper_tune.torchtune.settings import COMPONENTS, RecipeSettings
 from lowrank_adapters import AdapterError
 from rank_budget import BudgetError
 
 PERSONS_MISTAKES = (UserError, AdapterError, BudgetError, HyperError)
 EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+_PATIENCE_SECONDS = 5
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -57,41 +60,30 @@ def main() -> None:
     """Run the recipe as `tune run` calls it: ``--config NAME key=value …`` in ``sys.argv``."""
     warnings.showwarning = _one_line_warning
     try:
-        _resolve_config_argument(sys.argv)
-        overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("--")]
-        _refuse_bad_overrides(overrides)
+        loaded = read_config(sys.argv[1:])
     except UserError as error:
         sys.exit(_report(error))
-    config.parse(_run)()
+    sys.exit(_run(loaded))
 
 
-def _resolve_config_argument(arguments: list[str]) -> None:
+def read_config(arguments: Sequence[str]) -> DictConfig:
+    """Return the configuration that ``--config NAME key=value ~key …`` describes.
+
+    Raises:
+        UserError: no such configuration, a file that is not YAML, or an override that cannot be.
+    """
     if "--config" not in arguments[:-1]:
         raise UserError("--config is missing; give the name of a configuration or a file.")
-    position = arguments.index("--config") + 1
-    path = find_config(arguments[position])
+    position = arguments.index("--config")
+    path = find_config(arguments[position + 1])
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:
         raise UserError(f"{path} is not a readable YAML file: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} must hold keys and values, such as `seed: 0`.")
-    arguments[position] = str(path)
-    for word in arguments[1 : position - 1] + arguments[position + 1 :]:
-        if word.startswith("~") and OmegaConf.select(loaded, word[1:]) is not None:
-            continue
-        if word.count("=") != 1 or word.startswith("~"):
-            raise UserError(
-                f"{word!r} is not understood; overrides are written key=value, with one '=', or "
-                "~key to remove a key that is there."
-            )
-
-
-def _refuse_bad_overrides(overrides: list[str]) -> None:
-    try:
-        OmegaConf.from_dotlist(overrides)
-    except Exception as error:
-        raise UserError(f"overrides: {str(error).splitlines()[0]}") from error
+    words = [*arguments[:position], *arguments[position + 2 :]]
+    return apply_overrides(loaded, words, COMPONENTS)
 
 
 def _run(cfg: DictConfig) -> int:
@@ -103,19 +95,23 @@ def _run(cfg: DictConfig) -> int:
             run.train()
     except PERSONS_MISTAKES as error:
         return _report(error)
+    except OSError as error:
+        return _report(UserError(f"{error}; nothing half-written is left, what was saved stays."))
     except KeyboardInterrupt:
-        return _report(UserError("interrupted; resume with resume_from_checkpoint=True."))
+        _report(UserError("interrupted; resume with resume_from_checkpoint=True."))
+        return EXIT_INTERRUPTED
     finally:
         parallel.stop()
     return 0
 
 
 def _report(error: Exception) -> int:
-    if int(os.environ.get("RANK", 0)) == 0:
-        sys.stderr.write(f"error: {error}\n")
-    else:
-        # The launcher ends the job at the first exit; rank 0 must have spoken by then.
-        time.sleep(2)
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        # The launcher ends the job at the first exit. Rank 0 has made the same mistake as a rule,
+        # and speaks first; where it has not, this process lives on and must.
+        time.sleep(_PATIENCE_SECONDS)
+    sys.stderr.write(f"error{f' (rank {rank})' if rank else ''}: {error}\n")
     return EXIT_MISTAKE
 
 

@@ -1,11 +1,15 @@
 """Builds what a configuration names by ``_component_``, with messages for people."""
 
+import difflib
+import inspect
 import os
+import re
 from typing import Any
 
 from omegaconf import OmegaConf
 from torchtune import config
 from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
 
 from hyper_tune.errors import UserError
 from hyper_tune.torchtune.settings import Component
@@ -15,14 +19,27 @@ def build(section: str, component: Component, *arguments: Any, **overrides: Any)
     """Import and call ``component["_component_"]`` with its other keys as arguments.
 
     Raises:
-        UserError: the component does not exist or refuses its arguments; ``section`` is named.
+        UserError: the component does not exist, refuses its arguments, or cannot read what it
+            needs; ``section`` is named, and the nearest argument to one it does not have.
     """
+    name = component["_component_"]
     try:
         return config.instantiate(OmegaConf.create(dict(component)), *arguments, **overrides)
-    except (InstantiationError, TypeError) as error:
-        name = component["_component_"]
-        reason = " ".join(str(error).split())
-        raise UserError(f"{section}: {name} cannot be built: {reason}") from error
+    except UserError:
+        raise
+    except (InstantiationError, TypeError, ValueError, KeyError, OSError) as error:
+        reason = " ".join((repr(error) if isinstance(error, KeyError) else str(error)).split())
+        hint = _nearest_argument(component, reason)
+        raise UserError(f"{section}: {name} cannot be built: {reason}{hint}") from error
+
+
+def _nearest_argument(component: Component, reason: str) -> str:
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", reason)
+    if unknown is None or unknown[1] not in component:
+        return ""
+    known = inspect.signature(_get_component_from_path(component["_component_"])).parameters
+    near = difflib.get_close_matches(unknown[1], known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}."
 
 
 def build_tokenizer(component: Component) -> Any:

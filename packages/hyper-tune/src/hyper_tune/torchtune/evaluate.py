@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import nn
 from torchtune.data import Message
 from tqdm import tqdm
 
+from hyper_tune.errors import UserError
 from hyper_tune.parallel import rank, sum_over_ranks_, world_size
-from hyper_tune.torchtune.data import FileDataset, Samples, collate, messages
+from hyper_tune.records import read_records
+from hyper_tune.torchtune.data import Samples, collate, messages, refuse_unknown_token
 from hyper_tune.torchtune.loss import IGNORE_INDEX, cross_entropy_sum
 
 
@@ -48,39 +51,67 @@ def held_out_loss(
     return float(loss_sum / count)
 
 
-@torch.no_grad()
-def exact_match(
-    model: nn.Module,
-    tokenizer: Any,
-    data: FileDataset,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    device: torch.device,
-) -> float:
-    """Return the share of conversations whose last answer greedy decoding repeats exactly.
+class Questions:
+    """Conversations whose last turn greedy decoding is to repeat exactly.
 
     The model sees each conversation up to its last turn; the text it writes before its stop token
     is compared with that turn, both stripped of white space at the ends.
+
+    Raises:
+        UserError: the file cannot be read; see `hyper_tune.records.read_records`.
     """
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    was_training = model.training
-    model.eval()
-    batches = list(_shares(len(data), batch_size))
-    for positions, counts in tqdm(batches, "exact match", delay=5, leave=False):
-        conversations = [data.conversations[i] for i in positions]
-        prompts = [_prompt(tokenizer, messages(c)[:-1]) for c in conversations]
-        answers = greedy(model, prompts, max_new_tokens, tokenizer.pad_id, device)
-        texts = [_text(tokenizer, answer) for answer in answers]
-        right = sum(
-            text == c.turns[-1].content.strip()
-            for text, c in zip(texts, conversations, strict=True)
-        )
-        if counts:
-            totals += torch.tensor([right, len(positions)], dtype=torch.float64, device=device)
-    model.train(was_training)
-    right_sum, count = sum_over_ranks_(totals).tolist()
-    return float(right_sum / count)
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        path: str,
+        format: str = "auto",  # noqa: A002
+        max_new_tokens: int = 32,
+    ) -> None:
+        self._path = path
+        self._tokenizer = tokenizer
+        self._max_new_tokens = max_new_tokens
+        self._conversations = read_records(Path(path), format)
+        self._prompts = [_prompt(tokenizer, messages(c)[:-1]) for c in self._conversations]
+
+    def refuse_unfit(self, limit: int, vocabulary: int) -> None:
+        """Compare with a model that reads ``limit`` tokens of a ``vocabulary``.
+
+        Raises:
+            UserError: names the first question that leaves no room for its answer, or has a token
+                that is unknown.
+        """
+        for conversation, prompt in zip(self._conversations, self._prompts, strict=True):
+            where = f"{self._path}:{conversation.line}"
+            refuse_unknown_token(where, prompt, vocabulary)
+            if len(prompt) + self._max_new_tokens > limit:
+                raise UserError(
+                    f"{where}: a question of {len(prompt)} tokens and "
+                    f"exact_match.max_new_tokens = {self._max_new_tokens} are more than the "
+                    f"{limit} tokens that the model reads; lower it, or shorten the question."
+                )
+
+    @torch.no_grad()
+    def exact_match(self, model: nn.Module, *, batch_size: int, device: torch.device) -> float:
+        """Return the share of answers that are repeated, from 0 to 1."""
+        totals = torch.zeros(2, dtype=torch.float64, device=device)
+        was_training = model.training
+        model.eval()
+        batches = list(_shares(len(self._prompts), batch_size))
+        for positions, counts in tqdm(batches, "exact match", delay=5, leave=False):
+            prompts = [self._prompts[i] for i in positions]
+            pad_id = self._tokenizer.pad_id
+            answers = greedy(model, prompts, self._max_new_tokens, pad_id, device)
+            wanted = [self._conversations[i].turns[-1].content.strip() for i in positions]
+            right = sum(
+                _text(self._tokenizer, answer) == text
+                for answer, text in zip(answers, wanted, strict=True)
+            )
+            if counts:
+                totals += torch.tensor([right, len(positions)], dtype=torch.float64, device=device)
+        model.train(was_training)
+        right_sum, count = sum_over_ranks_(totals).tolist()
+        return float(right_sum / count)
 
 
 def greedy(

@@ -1,8 +1,7 @@
 """One fine-tuning run, from its settings to the exported adapter."""
 
-import json
 import time
-from dataclasses import asdict
+import warnings
 from types import TracebackType
 from typing import Any
 
@@ -18,8 +17,9 @@ from hyper_tune.sampling import batch_indices, derive_seed, total_steps
 from hyper_tune.step import StepReport
 from hyper_tune.torchtune.base_model import build_on_meta, check_files, load_, prepare_
 from hyper_tune.torchtune.components import build, build_tokenizer
-from hyper_tune.torchtune.data import FileDataset, Samples, collate
-from hyper_tune.torchtune.evaluate import exact_match, held_out_loss, peak_memory_mib
+from hyper_tune.torchtune.data import Samples, collate, open_dataset
+from hyper_tune.torchtune.evaluate import Questions, held_out_loss, peak_memory_mib
+from hyper_tune.torchtune.identity import refuse_other_run, run_identity
 from hyper_tune.torchtune.loss import IGNORE_INDEX, cross_entropy_sum
 from hyper_tune.torchtune.results import progress_text, say, step_row, write_results
 from hyper_tune.torchtune.settings import RecipeSettings
@@ -42,6 +42,7 @@ class FineTuning:
         self.step = 0
         self.before: dict[str, float] = {}
         self._skipped = 0
+        self._saved_step = 0
         self.seconds: list[float] = []
 
     def __enter__(self) -> "FineTuning":
@@ -58,7 +59,7 @@ class FineTuning:
         self.device = parallel.start(_device(settings.device))
         self.tokenizer = build_tokenizer(settings.tokenizer)
         model = build_on_meta(settings)
-        self._open_data(model.max_seq_len, model.tok_embeddings.num_embeddings)
+        self._open_data(limit=model.max_seq_len, vocabulary=model.tok_embeddings.num_embeddings)
         self.total_steps = total_steps(
             len(self.data), self._global_batch, settings.epochs, settings.max_steps
         )
@@ -73,7 +74,9 @@ class FineTuning:
             self.optimizer,
             num_training_steps=self.total_steps,
         )
+        _warn_of_long_warmup(settings, self.total_steps)
         self._open_run_folder()
+        say(f"loading the base from {settings.checkpointer['checkpoint_dir']}")
         prepare_(model, settings, self.method.stack.leaf_parameters())
         load_(model, settings, self.method.layers, self.device)
         self.model = model
@@ -91,22 +94,22 @@ class FineTuning:
         settings = self.settings
         return settings.batch_size * settings.gradient_accumulation_steps * parallel.world_size()
 
-    def _open_data(self, longest: int, vocabulary: int) -> None:
+    def _open_data(self, **model: int) -> None:
         settings = self.settings
-        self.data: Samples = build("dataset", settings.dataset, self.tokenizer)
+        self.data = open_dataset("dataset", settings.dataset, self.tokenizer, **model)
         self.held_out: Samples | None = None
         if settings.dataset_val is not None:
-            self.held_out = build("dataset_val", settings.dataset_val, self.tokenizer)
-        self.questions: FileDataset | None = None
+            component = settings.dataset_val
+            self.held_out = open_dataset("dataset_val", component, self.tokenizer, **model)
+        self.questions: Questions | None = None
         if settings.exact_match is not None:
-            options = settings.exact_match
-            self.max_new_tokens = int(options.get("max_new_tokens", 32))
-            self.questions = FileDataset(
-                self.tokenizer, options["path"], options.get("format", "auto")
+            self.questions = Questions(self.tokenizer, **settings.exact_match)
+            self.questions.refuse_unfit(**model)
+        if settings.validate_every_n_steps is not None and self.held_out is None:
+            warnings.warn(
+                "validate_every_n_steps is set, but dataset_val is null; nothing is validated.",
+                stacklevel=1,
             )
-        for data in (self.data, self.held_out, self.questions):
-            if isinstance(data, FileDataset):
-                data.refuse_unfit(longest, vocabulary)
 
     def _open_run_folder(self) -> None:
         settings = self.settings
@@ -114,6 +117,8 @@ class FineTuning:
         parallel.on_rank_zero(lambda: self.folder.start(resume=resume), self.device)
         if resume and has_checkpoints(self.folder.checkpoints):
             self._resume()
+        elif resume:
+            say(f"no checkpoint in {self.folder.checkpoints}; starting at step 0")
         parallel.agree(self.step, "the step to resume from", self.device)
         parallel.on_rank_zero(lambda: self.folder.metrics.truncate_after(self.step), self.device)
 
@@ -121,32 +126,15 @@ class FineTuning:
         step, state, reports = read_newest(self.folder.checkpoints)
         for line in reports:
             say(line)
-        _refuse_other_run(state["run"], self._identity())
+        refuse_other_run(state["run"], self._identity())
         self.method.load_state_dict(state["method"], self.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         self.before = state["before"]
-        self.step = step
+        self.step = self._saved_step = step
         say(f"resuming {self.folder.path} from step {step} of {self.total_steps}")
 
     def _identity(self) -> dict[str, Any]:
-        """Return what must be equal for a resumed run to go on as if it had not stopped."""
-        settings = self.settings
-        return {
-            "method": asdict(settings.method),
-            "model": dict(settings.model),
-            "dataset": dict(settings.dataset),
-            "samples": len(self.data),
-            "seed": settings.seed,
-            "shuffle": settings.shuffle,
-            "batch_size": settings.batch_size,
-            "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-            "processes": parallel.world_size(),
-            "total_steps": self.total_steps,
-            "optimizer": dict(settings.optimizer),
-            "lr_scheduler": dict(settings.lr_scheduler),
-            "clip_grad_norm": settings.clip_grad_norm,
-            "dtype": settings.dtype,
-        }
+        return run_identity(self.settings, self.data, self.total_steps)
 
     def train(self) -> None:
         """Run to the last step, evaluate before and after, write adapter and summary."""
@@ -181,8 +169,7 @@ class FineTuning:
         if parallel.rank() == 0:
             self.folder.metrics.append(row)
         self._count_skipped(report)
-        last = self.step == self.total_steps
-        if report.finite and (last or self._every(self.settings.save_every_n_steps)):
+        if report.finite and self._save_is_due():
             self._save()
         return row
 
@@ -212,6 +199,11 @@ class FineTuning:
     def _every(self, interval: int | None) -> bool:
         return interval is not None and self.step % interval == 0
 
+    def _save_is_due(self) -> bool:
+        """Whether this step ends an interval that has no checkpoint yet, or the run."""
+        every = self.settings.save_every_n_steps
+        return self.step == self.total_steps or self.step // every > self._saved_step // every
+
     def _count_skipped(self, report: StepReport) -> None:
         if report.finite:
             self._skipped = 0
@@ -219,11 +211,14 @@ class FineTuning:
         self._skipped += 1
         say(f"step {self.step}: loss or gradient is not finite; the step was skipped")
         if self._skipped >= self.settings.max_skipped_steps:
+            saved = has_checkpoints(self.folder.checkpoints)
+            kept = f"the checkpoints in {self.folder.checkpoints} are" if saved else "no checkpoint"
+            clipped = self.settings.clip_grad_norm is not None
             raise UserError(
                 f"steps {self.step - self._skipped + 1} to {self.step} had no finite loss or "
-                f"gradient (max_skipped_steps is {self._skipped}); the last good checkpoint in "
-                f"{self.folder.checkpoints} is untouched. Lower optimizer.lr, or set "
-                "clip_grad_norm."
+                f"gradient (max_skipped_steps is {self._skipped}); {kept} "
+                f"{'untouched' if saved else 'was saved before'}. Lower optimizer.lr"
+                f"{'' if clipped else ', or set clip_grad_norm'}."
             )
 
     def _save(self) -> None:
@@ -238,6 +233,7 @@ class FineTuning:
             lambda: write_checkpoint(self.folder.checkpoints, self.step, state, keep=keep),
             self.device,
         )
+        self._saved_step = self.step
 
     def evaluate(self) -> dict[str, float]:
         """Return held-out loss and exact match, as far as the settings name data for them."""
@@ -246,13 +242,8 @@ class FineTuning:
         if self.held_out is not None:
             figures["loss"] = self._held_out_loss(self.held_out)
         if self.questions is not None:
-            figures["exact_match"] = exact_match(
-                self.model,
-                self.tokenizer,
-                self.questions,
-                max_new_tokens=self.max_new_tokens,
-                batch_size=self.settings.batch_size,
-                device=self.device,
+            figures["exact_match"] = self.questions.exact_match(
+                self.model, batch_size=self.settings.batch_size, device=self.device
             )
         return figures
 
@@ -271,23 +262,16 @@ class FineTuning:
 
 
 def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device is {name!r}; expected cpu or cuda.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda', but this machine has no usable GPU; set device=cpu.")
-    return device
+    return torch.device(name)
 
 
-def _refuse_other_run(saved: dict[str, Any], here: dict[str, Any]) -> None:
-    # A checkpoint turns tuples into lists.
-    here = json.loads(json.dumps(here))
-    different = [key for key in here if saved.get(key) != here[key]]
-    if different:
-        key = different[0]
-        raise UserError(
-            f"the checkpoint is of another run: {key} was {saved.get(key)!r} and is now "
-            f"{here[key]!r} (differing: {', '.join(different)}); restore the settings, or start "
-            "afresh in another output_dir."
+def _warn_of_long_warmup(settings: RecipeSettings, total_steps: int) -> None:
+    warmup = settings.lr_scheduler.get("num_warmup_steps")
+    if isinstance(warmup, int) and warmup >= total_steps:
+        warnings.warn(
+            f"lr_scheduler.num_warmup_steps is {warmup}, but the run has {total_steps} steps, so "
+            "that the learning rate never reaches optimizer.lr; lower it.",
+            stacklevel=1,
         )

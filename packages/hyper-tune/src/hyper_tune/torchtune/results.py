@@ -82,6 +82,11 @@ def write_results(run: "FineTuning", after: Mapping[str, float]) -> None:
     for name, figures in (("before", run.before), ("after", after)):
         text = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
         say(f"{name}: {text or 'nothing to evaluate on'}")
+    if run.before.keys() & after.keys() & {"loss"} and after["loss"] >= run.before["loss"]:
+        say(
+            "warning: the held-out loss did not fall; look at metrics.jsonl, and choose "
+            "optimizer.lr and the number of steps anew."
+        )
 
 
 def _base_name(run: "FineTuning") -> str:

@@ -8,11 +8,23 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hyper_tune.checks import known_fields, require, require_choice, require_number, require_text
 from hyper_tune.errors import UserError
-from hyper_tune.method import MethodConfig, known_fields, require, require_choice
+from hyper_tune.method import MethodConfig
 
 Component = Mapping[str, Any]
 
+COMPONENTS = (
+    "model",
+    "tokenizer",
+    "checkpointer",
+    "dataset",
+    "dataset_val",
+    "optimizer",
+    "lr_scheduler",
+)
+CHECKPOINTERS = ("torchtune.training.FullModelHFCheckpointer",)
+DEVICES = ("cpu", "cuda")
 DTYPES = ("fp32", "bf16")
 MODEL_TYPES = ("LLAMA3", "LLAMA3_2", "QWEN2")
 
@@ -61,19 +73,7 @@ class RecipeSettings:
     data_dir: str | None = None
 
     def __post_init__(self) -> None:
-        remedy = "set it to 1 or more"
-        for name in (
-            "batch_size",
-            "gradient_accumulation_steps",
-            "epochs",
-            "save_every_n_steps",
-            "keep_checkpoints",
-            "max_skipped_steps",
-        ):
-            self._require_whole(name, getattr(self, name), remedy)
-        for name in ("max_steps", "validate_every_n_steps"):
-            if getattr(self, name) is not None:
-                self._require_whole(name, getattr(self, name), remedy)
+        self._check_numbers()
         for name in (
             "shuffle",
             "compile",
@@ -82,24 +82,50 @@ class RecipeSettings:
         ):
             value = getattr(self, name)
             require(isinstance(value, bool), name, value, "must be True or False", "set one")
-        clip = self.clip_grad_norm
-        require(clip is None or clip > 0, "clip_grad_norm", clip, "must be positive", "or null")
+        require_choice("device", self.device, DEVICES)
         require_choice("dtype", self.dtype, DTYPES)
-        model_type = str(self.checkpointer.get("model_type"))
-        require_choice("checkpointer.model_type", model_type, MODEL_TYPES)
-        if "checkpoint_dir" not in self.checkpointer:
-            raise UserError(
-                "checkpointer.checkpoint_dir is missing; give the folder of the base's weights."
-            )
+        self._check_checkpointer()
         if self.exact_match is not None:
             known_fields("exact_match", self.exact_match, {"path", "format", "max_new_tokens"})
             if not self.exact_match.get("path"):
                 raise UserError("exact_match.path is missing; give a file of questions, or null.")
+            longest = self.exact_match.get("max_new_tokens", 1)
+            require_number("exact_match.max_new_tokens", longest, whole=True, least=1)
 
-    @staticmethod
-    def _require_whole(name: str, value: Any, remedy: str) -> None:
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        require(whole, name, value, "must be a whole number of at least 1", remedy)
+    def _check_numbers(self) -> None:
+        require_number("seed", self.seed, whole=True)
+        for name in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "epochs",
+            "save_every_n_steps",
+            "keep_checkpoints",
+            "max_skipped_steps",
+        ):
+            require_number(name, getattr(self, name), whole=True, least=1)
+        for name in ("max_steps", "validate_every_n_steps"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), whole=True, least=1)
+        if self.clip_grad_norm is not None:
+            require_number("clip_grad_norm", self.clip_grad_norm, above=0)
+
+    def _check_checkpointer(self) -> None:
+        component = self.checkpointer["_component_"]
+        rule = "reads other files than .safetensors"
+        require(
+            component in CHECKPOINTERS, "checkpointer", component, rule, f"use {CHECKPOINTERS[0]}"
+        )
+        for key in ("recipe_checkpoint", "adapter_checkpoint"):
+            if self.checkpointer.get(key) is not None:
+                raise UserError(f"checkpointer.{key} is not read; remove it.")
+        require_choice(
+            "checkpointer.model_type", str(self.checkpointer.get("model_type")), MODEL_TYPES
+        )
+        if "checkpoint_dir" not in self.checkpointer:
+            raise UserError(
+                "checkpointer.checkpoint_dir is missing; give the folder of the base's weights."
+            )
+        require_text("checkpointer.checkpoint_dir", self.checkpointer["checkpoint_dir"])
 
     @classmethod
     def from_config(cls, config: DictConfig) -> "RecipeSettings":
@@ -115,15 +141,25 @@ class RecipeSettings:
         for key in required:
             if values.get(key) is None:
                 raise UserError(f"configuration: the key {key!r} is missing; add it to the file.")
-        components = ("model", "tokenizer", "dataset", "optimizer", "lr_scheduler", "checkpointer")
-        for key in components:
-            if not isinstance(values[key], dict) or "_component_" not in values[key]:
-                raise UserError(f"configuration: {key} must be a section with a _component_ key.")
+        for key in COMPONENTS:
+            _check_component(key, values.get(key))
         if not isinstance(values["method"], dict):
             raise UserError("configuration: method must be a section of keys, such as name.")
         values["method"] = MethodConfig.from_mapping(values["method"])
+        require_text("output_dir", values["output_dir"])
         values["output_dir"] = Path(values["output_dir"])
         try:
             return cls(**values)
         except TypeError as error:
             raise UserError(f"configuration: a value has the wrong type ({error}).") from error
+
+
+def _check_component(key: str, section: Any) -> None:
+    """Refuse a section that names no component; one that may be null may be."""
+    if section is None:
+        return
+    if not isinstance(section, dict) or not isinstance(section.get("_component_"), str):
+        raise UserError(
+            f"configuration: {key} names no component; write {key}._component_=NAME, or give a "
+            "section with that key."
+        )
