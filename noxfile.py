@@ -54,7 +54,7 @@ def quickstart(session: nox.Session) -> None:
 
 
 @nox.session(reuse_venv=True)
-def bench(session: nox.Session) -> None:
+def bench_layers(session: nox.Session) -> None:
     """Measure the layers against PEFT's and torchtune's, into benchmarks/results/."""
     install(session, "packages/lowrank-adapters", "torchtune", "torchao")
     peft = Path(session.create_tmp()) / "peft"
@@ -64,6 +64,13 @@ def bench(session: nox.Session) -> None:
     session.run(python, "-m", "pip", "install", "-q", *CONSTRAINTS, *needs, external=True)
     output = ("--output", "benchmarks/results/layers.md")
     session.run("python", "benchmarks/layers.py", "--peft", python, *output, *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def bench_core(session: nox.Session) -> None:
+    """Time hyper-core's step; arguments of benchmarks/bench_hyper_core.py may follow `--`."""
+    install(session, "packages/hyper-core")
+    session.run("python", "benchmarks/bench_hyper_core.py", *session.posargs)
 
 
 @nox.session

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hyper_core import AttentionConfig, ConvConfig, MLPConfig
+
 EPSILON = 1e-5
 
 
@@ -19,15 +21,35 @@ def gelu(x):
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
-def encoder_layer(weights, prefix, heads, tokens):
-    """One matrix: a list of token vectors in, a list out."""
+def relu(x):
+    return torch.where(x > 0, x, torch.zeros_like(x))
 
-    def linear(name, x):
-        return weights[f"{prefix}{name}.weight"] @ x + weights[f"{prefix}{name}.bias"]
 
-    def norm(name, x):
-        return layer_norm(x, weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"])
+class Weights:
+    """The weights of one network among stacked ones, by name under a prefix."""
 
+    def __init__(self, tensors, network=0, prefix=""):
+        self.tensors, self.network, self.prefix = tensors, network, prefix
+
+    def __contains__(self, name):
+        return self.prefix + name in self.tensors
+
+    def __getitem__(self, name):
+        return self.tensors[self.prefix + name][self.network]
+
+    def under(self, prefix):
+        return Weights(self.tensors, self.network, self.prefix + prefix)
+
+    def linear(self, name, x):
+        y = self[f"{name}.weight"] @ x
+        return y + self[f"{name}.bias"] if f"{name}.bias" in self else y
+
+    def norm(self, name, x):
+        return layer_norm(x, self[f"{name}.weight"], self[f"{name}.bias"])
+
+
+def attend(weights, heads, tokens):
+    """Equation 8 in each head, and the map of the heads together: a list of tokens in and out."""
     hidden = len(tokens[0])
     size = hidden // heads
     written = []
@@ -35,39 +57,129 @@ def encoder_layer(weights, prefix, heads, tokens):
         mixed = []
         for head in range(heads):
             part = slice(head * size, (head + 1) * size)
-            query = linear("query_key_value", token)[:hidden][part]
+            query = weights.linear("query_key_value", token)[:hidden][part]
             scores, values = [], []
             for other in tokens:
-                projected = linear("query_key_value", other)
+                projected = weights.linear("query_key_value", other)
                 key = projected[hidden : 2 * hidden][part]
                 scores.append(sum(query * key) / math.sqrt(size))
                 values.append(projected[2 * hidden :][part])
             total = sum(torch.exp(score) for score in scores)
             mixed.append(sum(torch.exp(s) / total * v for s, v in zip(scores, values, strict=True)))
-        after = norm("attention_norm", token + linear("attention_output", torch.cat(mixed)))
-        written.append(norm("output_norm", after + linear("down", gelu(linear("up", after)))))
+        written.append(weights.linear("attention_output", torch.cat(mixed)))
     return written
 
 
-def hypernetwork(weights, heads, layers, stacks):
-    """Stacks (matrices, tokens, width) in, stacks out; matrices are numbered through the stacks."""
-    results = []
-    number = 0
+def post_norm_layer(weights, heads, tokens):
+    written = []
+    for token, attended in zip(tokens, attend(weights, heads, tokens), strict=True):
+        after = weights.norm("attention_norm", token + attended)
+        forward = weights.linear("down", gelu(weights.linear("up", after)))
+        written.append(weights.norm("output_norm", after + forward))
+    return written
+
+
+def pre_norm_layer(weights, heads, tokens):
+    normed = [weights.norm("attention_norm", token) for token in tokens]
+    written = []
+    for token, attended in zip(tokens, attend(weights, heads, normed), strict=True):
+        after = token + attended
+        up = weights.linear("up", weights.norm("output_norm", after))
+        written.append(after + weights.linear("down", gelu(up)))
+    return written
+
+
+def attention_body(config, weights, tokens):
+    layer = {"post": post_norm_layer, "pre": pre_norm_layer}[config.norm]
+    for i in range(config.layers):
+        tokens = layer(weights.under(f"{i}."), config.heads, tokens)
+    if config.norm == "pre":
+        tokens = [weights.norm(f"{config.layers}", token) for token in tokens]
+    return tokens
+
+
+def convolve(weights, kernel, tokens):
+    """K * x: offset k of token j reads token j + k - kernel // 2, or nothing beyond the ends."""
+    written = []
+    width = len(tokens[0])
+    for j in range(len(tokens)):
+        total = weights["taps.bias"]
+        for k in range(kernel):
+            source = j + k - kernel // 2
+            if 0 <= source < len(tokens):
+                taps = weights["taps.weight"][:, k * width : (k + 1) * width]
+                total = total + taps @ tokens[source]
+        written.append(total)
+    return written
+
+
+def conv_body(config, weights, tokens):
+    for i in range(sum(config.blocks)):
+        block = weights.under(f"{i}.")
+        read = [relu(block.norm("first_norm", token)) for token in tokens]
+        inner = convolve(block.under("first."), config.kernel, read)
+        read = [relu(block.norm("second_norm", token)) for token in inner]
+        change = convolve(block.under("second."), config.kernel, read)
+        kept = tokens
+        if "shortcut.weight" in block:
+            kept = [block.linear("shortcut", token) for token in tokens]
+        tokens = [before + after for before, after in zip(kept, change, strict=True)]
+    return [weights.norm(f"{sum(config.blocks)}", token) for token in tokens]
+
+
+def mlp_body(config, weights, tokens):
+    written = []
+    for token in tokens:
+        h = weights.linear("first", token)
+        for i in range(len(config.widths)):
+            layer = weights.under(f"layers.{i}.")
+            change = layer.linear("linear", gelu(layer.norm("norm", h)))
+            h = h + change if len(h) == len(change) else change
+        written.append(weights.norm("norm", token + h))
+    return written
+
+
+BODIES = {AttentionConfig: attention_body, ConvConfig: conv_body, MLPConfig: mlp_body}
+
+
+def body(config, weights, tokens):
+    """One matrix: a list of token vectors in, a list out, through the body of ``config``."""
+    return BODIES[type(config)](config, weights, tokens)
+
+
+def hypernetwork(tensors, config, stacks, networks=None, context=None):
+    """Stacks (matrices, tokens, width) in, stacks out; matrices are numbered through the stacks.
+
+    ``networks``: of each matrix. A width's projections are held by the networks that have it.
+    """
+    matrices = sum(map(len, stacks))
+    networks = networks or [0] * matrices
+    holders, number = {}, 0
+    for stack in stacks:
+        for _ in stack:
+            holders.setdefault(stack.shape[2], set()).add(networks[number])
+            number += 1
+    results, number, place = [], 0, 0
     for stack in stacks:
         width = stack.shape[2]
         result = []
         for matrix in stack:
+            network = networks[number]
+            projections = Weights(tensors, sorted(holders[width]).index(network))
+            trunk = Weights(tensors, network, "trunk.")
             tokens = []
-            for position, row in enumerate(matrix):
-                token = weights[f"inputs.{width}.weight"] @ row
-                if "matrix_embedding" in weights:
-                    token = token + weights["matrix_embedding"][number]
-                    token = token + weights["token_embedding"][position]
-                tokens.append(layer_norm(token, weights["norm.weight"], weights["norm.bias"]))
-            for layer in range(layers):
-                tokens = encoder_layer(weights, f"body.{layer}.", heads, tokens)
-            out, bias = weights[f"outputs.{width}.weight"], weights[f"outputs.{width}.bias"]
-            result.append(torch.stack([out @ token + bias for token in tokens]))
+            for row in matrix:
+                token = projections.linear(f"inputs.{width}", row)
+                if "embedding" in tensors:
+                    token = token + tensors["embedding"][place]
+                    place += 1
+                if context is not None:
+                    token = token + tensors["context.weight"] @ context[number]
+                tokens.append(trunk.norm("norm", token))
+            mixed = body(config, trunk.under("body."), tokens)
+            result.append(
+                torch.stack([projections.linear(f"outputs.{width}", token) for token in mixed])
+            )
             number += 1
         results.append(torch.stack(result))
     return results
@@ -77,6 +189,12 @@ def unit_rows(stack):
     return torch.stack(
         [torch.stack([row / torch.sqrt(sum(row * row)) for row in matrix]) for matrix in stack]
     )
+
+
+def polar(matrix):
+    """The polar factor by singular values, all of them made one."""
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ vh
 
 
 def token_rms(gradient, average, weight, decay):
@@ -97,9 +215,11 @@ def _seed():
 @pytest.fixture(scope="session")
 def twin():
     return SimpleNamespace(
-        encoder_layer=encoder_layer,
+        Weights=Weights,
+        body=body,
         gelu=gelu,
         hypernetwork=hypernetwork,
+        polar=polar,
         token_rms=token_rms,
         unit_rows=unit_rows,
     )

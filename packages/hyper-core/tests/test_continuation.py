@@ -12,7 +12,7 @@ CONFIG = AttentionConfig(hidden=8, heads=2, feed_forward=8)
 class Run:
     """A small network with two generated stacks, and all that its training needs."""
 
-    def __init__(self, seed, state, normalisation):
+    def __init__(self, seed, state, normalisation, sharing="all"):
         torch.manual_seed(seed)
         self.p = nn.Parameter(torch.randn(2, 3, 5))
         self.lam = nn.Parameter(torch.zeros(2, 3, 1))
@@ -20,6 +20,7 @@ class Run:
             {"p": [self.p], "lam": [self.lam]},
             config=CONFIG,
             state=state,
+            sharing=sharing,
             outputs={"p": "unit_rows"},
             zero_start={"lam"},
             gradient_normalisation=normalisation,
@@ -42,13 +43,16 @@ class Run:
         return losses
 
 
-@pytest.mark.parametrize("state", ["recurrent", "static"])
+@pytest.mark.parametrize("state", ["recurrent", "static", "damped"])
 @pytest.mark.parametrize("normalisation", ["none", "token_rms"])
-def test_loaded_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, state, normalisation):
-    whole = Run(0, state, normalisation)
+@pytest.mark.parametrize("sharing", ["all", "each", ["x", "y"]])
+def test_loaded_run_equals_the_uninterrupted_one_bit_for_bit(
+    tmp_path, state, normalisation, sharing
+):
+    whole = Run(0, state, normalisation, sharing)
     expected = whole.train(range(8))
 
-    first = Run(0, state, normalisation)
+    first = Run(0, state, normalisation, sharing)
     losses = first.train(range(5))
     saved = {
         "generated": first.generated.state_dict(),
@@ -56,7 +60,9 @@ def test_loaded_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, state, no
     }
     torch.save(saved, tmp_path / "state.pt")
 
-    second = Run(1, state, normalisation)  # other weights, other start: all must be replaced
+    second = Run(
+        1, state, normalisation, sharing
+    )  # other weights, other start: all must be replaced
     loaded = torch.load(tmp_path / "state.pt", weights_only=True)
     second.generated.load_state_dict(loaded["generated"])
     second.optimizer.load_state_dict(loaded["optimizer"])
@@ -72,8 +78,10 @@ def test_loaded_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, state, no
 
 
 def test_the_state_dict_names_state_and_averages():
-    buffers = dict(Run(0, "recurrent", "token_rms").generated.named_buffers())
-    assert {name: tuple(value.shape) for name, value in buffers.items()} == {
+    generated = Run(0, "recurrent", "token_rms").generated
+    saved = {name: v for name, v in generated.state_dict().items() if name.startswith("s")}
+    assert {name for name in generated.state_dict() if "hypernetworks." not in name} == set(saved)
+    assert {name: tuple(value.shape) for name, value in saved.items()} == {
         "state_p_0": (2, 3, 5),
         "state_lam_0": (2, 3, 1),
         "square_p_0": (2, 3, 1),

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from hyper_core import AttentionConfig, GeneratedParameters, HyperError
+from hyper_core import (
+    AttentionConfig,
+    ConvConfig,
+    GeneratedParameters,
+    HyperError,
+    MLPConfig,
+)
 
 CONFIG = AttentionConfig(hidden=4, heads=2, feed_forward=4)
 
@@ -60,7 +66,7 @@ def test_role_that_cannot_name_a_module(role):
 def test_wrong_tensor(tensor, found):
     assert text_of_making({"p": [leaf(), tensor]}) == (
         f"p[1] is {found}, expected floating-point numbers of the shape "
-        "(matrices, tokens, width) or (tokens, width), none of them 0; reshape or convert it."
+        "(matrices, rows, columns) or (rows, columns), none of them 0; reshape or convert it."
     )
 
 
@@ -79,21 +85,15 @@ def test_the_same_tensor_twice():
     )
 
 
-def test_two_devices():
-    assert text_of_making({"p": [leaf(), torch.ones(2, 3, device="meta")]}) == (
-        "p[1] is on meta, expected cpu as the leaves before it; move it, or make one "
-        "GeneratedParameters per device."
-    )
-
-
 def test_unknown_preset():
-    assert text_of_making({"p": [leaf()]}, config="attention-tiny") == (
-        "config is 'attention-tiny', expected an AttentionConfig or one of attention-tinybert, "
-        "attention-small; correct the name."
+    assert text_of_making({"p": [leaf()]}, config="attention-big") == (
+        "config is 'attention-big', expected a body's configuration or one of attention-tinybert, "
+        "attention-small, attention-tiny, conv-resnet18, conv-small, mlp-15, mlp-small; correct "
+        "the name."
     )
 
 
-@pytest.mark.parametrize("option", ["outputs", "zero_start"])
+@pytest.mark.parametrize("option", ["tokens", "outputs", "norms", "zero_start", "sharing"])
 def test_option_for_an_unknown_role(option):
     assert text_of_making({"p": [leaf()], "q": [leaf()]}, **{option: {"lam": "free"}}) == (
         f"{option} names the role 'lam', expected one of p, q; correct or drop it."
@@ -103,13 +103,18 @@ def test_option_for_an_unknown_role(option):
 @pytest.mark.parametrize(
     ("options", "what", "choices"),
     [
-        ({"state": "fixed"}, "state is 'fixed'", "recurrent, static"),
+        ({"state": "fixed"}, "state is 'fixed'", "recurrent, static, damped"),
         (
             {"gradient_normalisation": "rms"},
             "gradient_normalisation is 'rms'",
             "none, token_rms",
         ),
-        ({"outputs": {"p": "unit"}}, "outputs['p'] is 'unit'", "free, unit_rows"),
+        ({"tokens": {"p": "row"}}, "tokens['p'] is 'row'", "rows, columns, elements, scalars"),
+        (
+            {"outputs": {"p": "unit"}},
+            "outputs['p'] is 'unit'",
+            "free, unit_rows, unit_columns, orthonormal",
+        ),
     ],
 )
 def test_unknown_choice(options, what, choices):
@@ -123,6 +128,65 @@ def test_zero_start_with_unit_rows():
     assert text_of_making({"p": [leaf()]}, **options) == (
         "outputs['p'] is 'unit_rows' and zero_start names 'p', but zero has no direction; make "
         "the output 'free' or drop it from zero_start."
+    )
+
+
+@pytest.mark.parametrize("norm", [0, -1.0, float("inf"), float("nan")])
+def test_norm_that_is_not_positive(norm):
+    assert text_of_making({"p": [leaf()]}, norms={"p": norm}) == (
+        f"norms['p'] is {norm}, expected a positive number; the default is 1."
+    )
+
+
+@pytest.mark.parametrize("relaxation", [0, 1.5])
+def test_relaxation_out_of_range(relaxation):
+    assert text_of_making({"p": [leaf()]}, state="damped", relaxation=relaxation) == (
+        f"relaxation is {relaxation}, expected above 0 and at most 1; 1 is the recurrent state."
+    )
+
+
+def test_unknown_sharing():
+    assert text_of_making({"p": [leaf()]}, sharing="every") == (
+        "sharing of 'p' is 'every', expected 'all', 'each' or a label per matrix; choose one."
+    )
+
+
+def test_labels_that_are_not_one_per_matrix():
+    assert text_of_making({"p": [leaf(2, 3, 4)]}, sharing={"p": ["x"]}) == (
+        "sharing of 'p' has 1 labels, expected one for each of 2 matrices; give equal labels to "
+        "those that share a network."
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), ()])
+def test_scalars_of_a_wrong_shape(shape):
+    assert text_of_making({"p": [torch.ones(shape)]}, tokens={"p": "scalars"}) == (
+        f"p[0] is torch.float32 of the shape {shape}, expected floating-point numbers of the shape "
+        "(matrices, numbers) or (numbers,), none of them 0; reshape or convert it."
+    )
+
+
+def test_context_without_the_role_and_of_a_wrong_number_of_rows():
+    generated = GeneratedParameters(
+        {"p": [leaf(2, 3, 4)], "q": [leaf()]}, config=CONFIG, context_width=2
+    )
+    assert text_of(generated.refresh, {"p": torch.ones(2)}) == (
+        "context has the roles p, expected 'q' among them; give features for every role."
+    )
+    assert text_of(generated.refresh, torch.ones(3, 2)) == (
+        "context for 'p' has the shape (3, 2), expected (features,) or (2, features); give a row "
+        "of features for each matrix."
+    )
+
+
+@pytest.mark.parametrize(
+    ("what", "known"),
+    [("parts", "input_projection, body, output_projection, embeddings"), ("roles", "p")],
+)
+def test_learning_rate_for_an_unknown_part_or_role(what, known):
+    generated = GeneratedParameters({"p": [leaf()]}, config=CONFIG)
+    assert text_of(generated.parameter_groups, 1e-3, **{what: {"head": 2.0}}) == (
+        f"{what} names 'head', expected one of {known}; correct or drop it."
     )
 
 
@@ -148,6 +212,37 @@ def test_size_that_is_no_positive_whole_number(name, default, value):
 def test_hidden_not_divisible_by_heads():
     assert text_of(AttentionConfig, hidden=100, heads=12) == (
         "AttentionConfig.hidden is 100, expected a multiple of heads, 12; make it 108."
+    )
+
+
+def test_unknown_norm_of_attention():
+    assert text_of(AttentionConfig, norm="both") == (
+        "AttentionConfig.norm is 'both', expected one of post, pre; choose one."
+    )
+
+
+def test_sizes_of_a_convolution():
+    assert text_of(ConvConfig, kernel=4) == (
+        "ConvConfig.kernel is 4, expected an odd number, which has a middle; make it 5."
+    )
+    assert text_of(ConvConfig, widths=(64, 0, 8)) == (
+        "ConvConfig.widths[1] is 0, expected a whole number of at least 1; the default is (64, "
+        "128, 256)."
+    )
+    for widths, blocks in (((4, 8), (1,)), ((), ())):
+        assert text_of(ConvConfig, widths=widths, blocks=blocks) == (
+            f"ConvConfig.blocks is {blocks}, expected one number for each of widths, {widths}; "
+            "give the blocks of each stage."
+        )
+
+
+def test_sizes_of_an_mlp():
+    assert text_of(MLPConfig, hidden=-1) == (
+        "MLPConfig.hidden is -1, expected a whole number of at least 1; the default is 256."
+    )
+    assert text_of(MLPConfig, widths=(True,)) == (
+        "MLPConfig.widths[0] is True, expected a whole number of at least 1; the default is 512 "
+        "and eleven times 1024."
     )
 
 

@@ -8,7 +8,8 @@ from hyper_core import AttentionConfig, GeneratedParameters
 
 CONFIG = AttentionConfig(hidden=4, heads=2, feed_forward=5)
 DECAY = 0.9
-OUTPUTS = {"p": "unit_rows", "q": "unit_rows"}
+OUTPUTS = {"p": "unit_rows", "q": "orthonormal"}
+NORMS = {"q": 2.0}
 # By role, the leaves: stacks of different ranks and widths, and single matrices, two of one shape.
 SHAPES = {
     "p": [(2, 3, 4), (1, 2, 3), (3, 3, 4)],
@@ -18,6 +19,9 @@ SHAPES = {
 }
 # The stacks that the hypernetwork of each role sees: leaves of one shape, one after the other.
 STACKS = {"p": [[0, 2], [1]], "lam": [[0], [1]], "q": [[0, 2], [1]], "free": [[0]]}
+# A label for each matrix in the order of the leaves, and the network of each in that of the stacks.
+LABELS = {"p": [0, 1, 2, 0, 2, 1], "lam": "each", "q": ["x", "x", "y"], "free": "all"}
+NETWORKS = {"p": [0, 1, 0, 2, 1, 2], "lam": list(range(6)), "q": [0, 1, 0], "free": [0, 0]}
 
 
 class Toy(nn.Module):
@@ -55,8 +59,9 @@ class Toy(nn.Module):
 class Twin:
     """The same recursion with hypernetworks and model in one graph."""
 
-    def __init__(self, functions, generated, state, decay):
+    def __init__(self, functions, generated, state, decay, grouped=False):
         self.functions, self.state, self.decay = functions, state, decay
+        self.grouped = grouped
         self.weights = {
             name: parameter.detach().clone().requires_grad_()
             for name, parameter in generated.named_parameters()
@@ -73,11 +78,19 @@ class Twin:
             prefix = f"hypernetworks.{role}."
             weights = {n.removeprefix(prefix): w for n, w in self.weights.items() if prefix in n}
             before = [self.start[f"state_{role}_{i}"] for i in range(len(members))]
-            after = self.functions.hypernetwork(weights, CONFIG.heads, CONFIG.layers, before)
+            networks = NETWORKS[role] if self.grouped else None
+            norm = NORMS.get(role, 1.0)  # the networks read and write tokens of norm one
+            read = [stack / norm for stack in before]
+            after = self.functions.hypernetwork(weights, CONFIG, read, networks)
+            after = [norm * stack for stack in after]
             if self.state == "static":
                 after = [p + change for p, change in zip(before, after, strict=True)]
-            if role in OUTPUTS:
+            if self.state == "damped":
+                after = [0.7 * p + 0.3 * new for p, new in zip(before, after, strict=True)]
+            if role == "p":
                 after = [self.functions.unit_rows(stack) for stack in after]
+            if role == "q":
+                after = [2 * torch.stack([self.functions.polar(m) for m in s]) for s in after]
             values[role] = after
         return values
 
@@ -112,7 +125,7 @@ class Twin:
 
     def commit(self, values, kept):
         self.averages.update(kept)
-        if self.state == "recurrent":
+        if self.state != "static":
             for role, stacks in values.items():
                 for i, stack in enumerate(stacks):
                     self.start[f"state_{role}_{i}"] = stack.detach()
@@ -124,20 +137,24 @@ def make(state, normalisation, **options):
         model.leaves(),
         config=CONFIG,
         state=state,
-        outputs=OUTPUTS,
+        relaxation=0.3,
         gradient_normalisation=normalisation,
         gradient_decay=DECAY,
-        **options,
+        **{"outputs": OUTPUTS, "norms": NORMS, **options},
     )
     return model, generated
 
 
-@pytest.mark.parametrize("state", ["recurrent", "static"])
+@pytest.mark.parametrize("state", ["recurrent", "static", "damped"])
 @pytest.mark.parametrize("normalisation", ["none", "token_rms"])
-def test_steps_equal_end_to_end_autograd_through_the_twin(twin, shaken, state, normalisation):
-    model, generated = make(state, normalisation)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_steps_equal_end_to_end_autograd_through_the_twin(
+    twin, shaken, state, normalisation, grouped
+):
+    model, generated = make(state, normalisation, sharing=LABELS if grouped else "all")
     shaken(generated.hypernetworks)
-    reference = Twin(twin, generated, state, DECAY if normalisation == "token_rms" else None)
+    decay = DECAY if normalisation == "token_rms" else None
+    reference = Twin(twin, generated, state, decay, grouped)
     optimizers = [
         torch.optim.Adam(weights, lr=1e-2)
         for weights in (generated.parameters(), reference.weights.values())
@@ -166,7 +183,7 @@ def test_steps_equal_end_to_end_autograd_through_the_twin(twin, shaken, state, n
             generated.named_parameters(), gradients, strict=True
         ):
             torch.testing.assert_close(
-                parameter.grad, gradient, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+                parameter.grad, gradient, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
             )
         if step == 2:  # a skipped step leaves no trace
             generated.discard()
@@ -178,15 +195,15 @@ def test_steps_equal_end_to_end_autograd_through_the_twin(twin, shaken, state, n
         generated.commit()
         reference.commit(values, kept)
         torch.testing.assert_close(
-            dict(generated.named_buffers()),
+            {name: b for name, b in generated.named_buffers() if name.startswith("s")},
             {**reference.start, **reference.averages},
-            rtol=1e-11,
-            atol=1e-12,
+            rtol=1e-10,
+            atol=1e-11,
         )
 
 
 def test_gradient_of_the_leaves_equals_end_to_end_autograd_of_the_package_itself():
-    model, generated = make("recurrent", "none")
+    model, generated = make("recurrent", "none", norms={}, outputs={"p": "unit_rows"})
     weights = list(generated.parameters())
     generated.refresh()
     model(0.2).backward()
@@ -198,7 +215,7 @@ def test_gradient_of_the_leaves_equals_end_to_end_autograd_of_the_package_itself
     for role, members in STACKS.items():
         state = [generated.get_buffer(f"state_{role}_{i}") for i in range(len(members))]
         values[role] = network[role](state)
-        if role in OUTPUTS:
+        if role == "p":
             values[role] = [rows / rows.norm(dim=-1, keepdim=True) for rows in values[role]]
     factors = Twin.factors(None, values)
     loss = torch.func.functional_call(model, factors, (0.2,))
@@ -246,16 +263,23 @@ def test_static_state_never_changes():
 
 
 def test_static_starts_at_the_leaves_first_values():
-    model, generated = make("static", "none")
+    model = Toy()
+    with torch.no_grad():
+        for name, leaf in model.factors.items():
+            if name[0] == "q":
+                leaf.copy_(3 * torch.linalg.qr(leaf.T)[0].T)
+    generated = GeneratedParameters(
+        model.leaves(), config=CONFIG, state="static", outputs=OUTPUTS, norms={"q": 3.0}
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     generated.refresh()
     after = {name: p.detach() for name, p in model.named_parameters()}
     for name in before:
-        tolerance = 1e-15 if name[len("factors.")] in "pq" else 0
+        tolerance = {"p": 1e-15, "q": 1e-14}.get(name[len("factors.")], 0)
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("state", ["recurrent", "static"])
+@pytest.mark.parametrize("state", ["recurrent", "static", "damped"])
 def test_zero_start_is_exactly_zero_at_first_and_learns(state):
     model, generated = make(state, "none", zero_start={"lam"})
     optimizer = torch.optim.Adam(generated.parameters(), lr=1e-2)
@@ -285,18 +309,6 @@ def test_a_row_of_zeros_stays_zero_with_finite_gradients_and_others_have_unit_no
     for name, parameter in generated.named_parameters():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() < 100, name
-
-
-def test_a_thousand_recurrent_steps_stay_finite_with_unit_rows():
-    leaves = {"p": [torch.randn(4, 3, 16)], "q": [torch.randn(2, 3, 8)]}
-    generated = GeneratedParameters(
-        leaves, config=CONFIG, outputs={"p": "unit_rows", "q": "unit_rows"}
-    )
-    for _ in range(1000):
-        generated.refresh()
-        generated.commit()
-    for leaf in (leaves["p"][0], leaves["q"][0]):
-        torch.testing.assert_close(leaf.norm(dim=-1), torch.ones(leaf.shape[:2]))
 
 
 def test_evaluation_leaves_nothing_pending():
@@ -342,11 +354,59 @@ def test_a_surrounding_autocast_changes_nothing():
     torch.testing.assert_close(list(model.parameters()), expected, rtol=0, atol=0)
 
 
+def test_a_narrow_body_writes_and_learns_nearly_the_same_in_float32():
+    pairs = []
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(3)
+        leaf = torch.randn(4, 3, 16, requires_grad=True)
+        generated = GeneratedParameters({"p": [leaf]}, config=CONFIG, body_dtype=dtype)
+        generated.refresh()
+        leaf.sum().backward()
+        generated.backward()
+        gradients = torch.cat([p.grad.flatten() for p in generated.parameters()])
+        pairs.append((leaf.detach(), gradients))
+    for wide, narrow in zip(*pairs, strict=True):
+        assert narrow.dtype == torch.float32
+        error = (narrow - wide).norm() / wide.norm()
+        assert 1e-5 < error < 0.05
+
+
 def test_parameters_are_the_hypernetworks_alone():
     model, generated = make("recurrent", "token_rms")
     own = {id(parameter) for parameter in generated.parameters()}
     assert own == {id(parameter) for parameter in generated.hypernetworks.parameters()}
     assert not own & {id(parameter) for parameter in model.parameters()}
+
+
+def test_unit_outputs_have_their_norm_from_the_first_step_on():
+    leaves = {
+        "rows": [torch.randn(2, 3, 4)],
+        "columns": [torch.randn(2, 5, 3)],
+        "orthonormal": [torch.randn(2, 3, 4)],
+    }
+    generated = GeneratedParameters(
+        leaves,
+        config=CONFIG,
+        tokens={"columns": "columns"},
+        outputs={"rows": "unit_rows", "columns": "unit_columns", "orthonormal": "orthonormal"},
+        norms=dict.fromkeys(leaves, 2.5),
+    )
+    generated.refresh()
+    (rows,), (columns,), (factor,) = leaves.values()
+    torch.testing.assert_close(rows.norm(dim=-1), torch.full((2, 3), 2.5))
+    torch.testing.assert_close(columns.norm(dim=-2), torch.full((2, 3), 2.5))
+    gram = 6.25 * torch.eye(3).expand(2, -1, -1)
+    torch.testing.assert_close(factor @ factor.mT, gram, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", ["rows", "columns"])
+def test_free_outputs_start_with_the_expected_norm(tokens):
+    leaf = torch.randn(100, 8, 32)
+    GeneratedParameters(
+        {"w": [leaf]}, config="attention-small", tokens={"w": tokens}, norms={"w": 3.0}
+    ).refresh()
+    dim = {"rows": -1, "columns": -2}[tokens]
+    assert leaf.square().sum(dim).mean().item() == pytest.approx(9.0, rel=0.2)
 
 
 def test_leaves_on_the_meta_device_show_sizes_without_memory():

@@ -7,9 +7,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hyper_core import AttentionConfig, GeneratedParameters
+from hyper_core import AttentionConfig, ConvConfig, GeneratedParameters, MLPConfig
 
 CONFIG = AttentionConfig(hidden=8, heads=2, feed_forward=8)
+BODIES = {
+    "attention": CONFIG,
+    "conv": ConvConfig(widths=(4, 6), blocks=(1, 1)),
+    "mlp": MLPConfig(hidden=4, widths=(6,)),
+}
 HOST_READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_to_host"}
 
 
@@ -34,11 +39,14 @@ def matrices(count):
     return {"weight": [nn.Parameter(torch.randn(3, 5)) for _ in range(count)]}
 
 
-def operations(leaves, normalisation):
+def operations(leaves, normalisation, config=CONFIG, sharing="all", output="unit_rows"):
     generated = GeneratedParameters(
-        leaves, config=CONFIG, outputs={next(iter(leaves)): "unit_rows"},
+        leaves,
+        config=config,
+        sharing=sharing,
+        outputs={next(iter(leaves)): output},
         gradient_normalisation=normalisation,
-    )  # fmt: skip
+    )
     for tensors in leaves.values():
         for leaf in tensors:
             leaf.grad = torch.ones_like(leaf)
@@ -58,9 +66,31 @@ def test_operations_do_not_grow_with_the_matrices(make, normalisation):
     assert min(sum(counter.values()) for counter in few) > 0
 
 
+def thirds(count):
+    """Labels that share a network among every third matrix, in an order that is not theirs."""
+    return {"p": [i % 3 for i in range(2 * count)], "lam": [i % 3 for i in range(2 * count)]}
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("sharing", ["all", "each", "thirds"])
+def test_operations_do_not_grow_with_the_matrices_or_their_networks(body, sharing):
+    few, many = (
+        operations(
+            stacks(count),
+            "token_rms",
+            BODIES[body],
+            thirds(count) if sharing == "thirds" else sharing,
+            "orthonormal",
+        )
+        for count in (4, 40)
+    )
+    assert few == many
+
+
 def test_no_step_reads_a_tensor_on_the_host():
-    for counter in operations(stacks(3), "token_rms"):
-        assert not HOST_READS & counter.keys()
+    for sharing, output in (("all", "unit_rows"), ("each", "free"), (thirds(3), "orthonormal")):
+        for counter in operations(stacks(3), "token_rms", sharing=sharing, output=output):
+            assert not HOST_READS & counter.keys()
 
 
 def test_the_counter_sees_a_host_read():

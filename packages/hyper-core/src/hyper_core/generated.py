@@ -1,21 +1,27 @@
 """The leaf boundary: hypernetworks write leaf tensors and learn from their gradients."""
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import groupby
-from typing import Literal
+from itertools import chain, groupby
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from hyper_core.bodies.config import BodyConfig
+from hyper_core.context import Context, context_rows
 from hyper_core.errors import HyperError
 from hyper_core.hypernetwork import Hypernetwork
-from hyper_core.leaves import LeafGroup, group_leaves
-from hyper_core.presets import AttentionConfig, find_config
+from hyper_core.learning_rates import parameter_groups
+from hyper_core.leaves import LeafGroup, check_roles, group_leaves
+from hyper_core.normalisation import check_decay, normalise_tokens
+from hyper_core.outputs import Output
+from hyper_core.presets import find_config
+from hyper_core.recursion import Recursion, State
+from hyper_core.roles import check_choice, resolve_roles
+from hyper_core.sharing import Sharing, networks_of
+from hyper_core.tokens import Tokens, from_tokens, to_tokens, token_shape
 
-State = Literal["recurrent", "static"]
-Output = Literal["free", "unit_rows"]
 Normalisation = Literal["none", "token_rms"]
-_EPSILON = 1e-12
 
 
 class GeneratedParameters(nn.Module):
@@ -28,22 +34,33 @@ class GeneratedParameters(nn.Module):
     3. `backward` carries the leaves' ``.grad`` into the hypernetworks' weights;
     4. an optimizer changes those weights, and `commit` makes the leaves' values the next state.
 
-    ``leaves``: by role, tensors (matrices, tokens, width), or (tokens, width) as a matrix each.
-    They need not require grad where someone else sets their ``.grad``.
-    ``config``: a size, or the name of one in `PRESETS`.
-    ``state``: "recurrent" as in equations 4 to 6, the gradient stopping at P_i, or "static",
-    P = out(P_0 + H(P_0)) with H = 0 at the start. P_0 is what the leaves hold at construction.
-    ``outputs``: by role "free" (default) or "unit_rows", each row divided by its norm; a row of
-    zeros stays zero and gets no gradient.
+    ``leaves``: by role, tensors (matrices, rows, columns), or (rows, columns) as a matrix each.
+    They need not require grad where someone else sets their ``.grad``. They may be on several
+    devices: values and gradients of each cross once a step.
+    ``config``: a body's size, or the name of one in `PRESETS`.
+    ``sharing``: "all" matrices of a role have one hypernetwork, "each" its own, or a label per
+    matrix, in the order of the leaves: equal labels share. One choice for all roles, or by role.
+    ``tokens``: by role, what a token is: "rows" (default), "columns", "elements", or "scalars",
+    whose leaves are (matrices, numbers) or (numbers,).
+    ``outputs``: by role "free" (default), "unit_rows", "unit_columns", each divided by its norm
+    (zeros stay zero and get no gradient), or "orthonormal", the polar factor of each matrix.
+    ``norms``: by role, what those rows or columns are multiplied by; for "free" the expected norm
+    of a token at the start. 1 by default.
+    ``state``: "recurrent" as in equations 4 to 6, the gradient stopping at P_i; "damped",
+    P = out((1 − ρ)·P_i + ρ·H(P_i)) with ρ ``relaxation``; or "static", P = out(P_0 + H(P_0)) with
+    H = 0 at the start, which begins at out(P_0). P_0 is what the leaves hold at construction.
     ``zero_start``: roles whose values are exactly 0 at the first refresh.
+    ``context_width``: features of the context that each `refresh` is given; 0 for none.
     ``gradient_normalisation``: "none", or "token_rms": each token's gradient is divided by the
     root of the running mean of its squares, an average with ``gradient_decay``, bias-corrected.
+    ``embeddings``, ``body_dtype``: as in `Hypernetwork`.
 
-    Dtype and device: float32, or the leaves' where wider, on the leaves' device; `to` changes it.
-    Values are converted where they meet the leaves, which may be narrower.
+    Dtype and device: float32, or the leaves' where wider, on the first leaf's device; `to` changes
+    it. Values are converted where they meet the leaves, which may be narrower.
     Gradient: to the hypernetworks' weights, which are all of `parameters`; never to the state.
     Saved: the weights, the state, the running averages; nothing else changes the next step.
-    Paper: section 3.2 and Appendix C. Deviations: unit rows, the static state, token_rms.
+    Paper: section 3.2 and Appendix C. Deviations: the tokens, the sharing, the outputs, the
+    damped and static states, token_rms.
 
     Raises:
         HyperError: an unknown preset, role or choice, a role without tensors, a wrong shape.
@@ -67,89 +84,124 @@ class GeneratedParameters(nn.Module):
         self,
         leaves: Mapping[str, Sequence[Tensor]],
         *,
-        config: AttentionConfig | str = "attention-tinybert",
-        state: State = "recurrent",
+        config: BodyConfig | str = "attention-tinybert",
+        sharing: Sharing | Mapping[str, Sharing] = "all",
+        tokens: Mapping[str, Tokens] | None = None,
         outputs: Mapping[str, Output] | None = None,
+        norms: Mapping[str, float] | None = None,
+        state: State = "recurrent",
+        relaxation: float = 0.5,
         zero_start: Collection[str] = (),
+        context_width: int = 0,
         gradient_normalisation: Normalisation = "none",
         gradient_decay: float = 0.99,
+        embeddings: bool = True,
+        body_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        outputs = outputs or {}
-        _check_choice("state", state, ("recurrent", "static"))
-        _check_choice("gradient_normalisation", gradient_normalisation, ("none", "token_rms"))
-        _check_decay(gradient_decay)
-        self._groups = group_leaves(leaves)
-        _check_outputs(outputs, zero_start, leaves)
-        self._unit_rows = {role for role, output in outputs.items() if output == "unit_rows"}
-        self._recurrent = state == "recurrent"
+        self.recursion = Recursion(state, relaxation)
+        check_choice("gradient_normalisation", gradient_normalisation, ("none", "token_rms"))
+        check_decay(gradient_decay)
+        check_roles(leaves)
+        self.roles = resolve_roles(
+            leaves, tokens=tokens or {}, outputs=outputs or {}, norms=norms or {},
+            zero_start=zero_start, sharing=sharing,
+        )  # fmt: skip
+        scalars = [name for name, role in self.roles.items() if role.tokens == "scalars"]
+        self.groups = group_leaves(leaves, scalars)
         self._decay = gradient_decay if gradient_normalisation == "token_rms" else None
         self.hypernetworks = nn.ModuleDict()
-        size = find_config(config)
-        for role in leaves:
-            shapes = [group.shape for group in self._groups if group.role == role]
-            zero_output = not self._recurrent or role in zero_start
-            self.hypernetworks[role] = Hypernetwork(shapes, size, zero_output=zero_output)
-        self._register_state(zero_start)
+        for name, role in self.roles.items():
+            groups = self.groups_of(name)
+            order = [position for group in groups for position in group.positions]
+            self.register_buffer(f"order_{name}", torch.tensor(order), persistent=False)
+            networks = networks_of(role.sharing, len(order), f"sharing of {name!r}")
+            self.hypernetworks[name] = Hypernetwork(
+                [token_shape(group.shape, role.tokens) for group in groups],
+                find_config(config),
+                sharing=[networks[position] for position in order],
+                embeddings=embeddings,
+                context_width=context_width,
+                zero_output=role.zero_start or self.recursion.keeps_start,
+                body_dtype=body_dtype,
+            )
+        self._register_state()
         self.discard()
 
-    def _register_state(self, zero_start: Collection[str]) -> None:
-        """Make the buffers, and move all to the leaves' device and dtype, at least float32."""
-        dtype = torch.float32
-        for leaf in (leaf for group in self._groups for leaf in group.leaves):
+    def groups_of(self, role: str) -> list[LeafGroup]:
+        """Return the leaves of ``role``, grouped by shape and device."""
+        return [group for group in self.groups if group.role == role]
+
+    def _register_state(self) -> None:
+        """Make the buffers, and move all to the first leaf's device and the widest dtype."""
+        home, dtype = self.groups[0].device, torch.float32
+        for leaf in (leaf for group in self.groups for leaf in group.leaves):
             dtype = torch.promote_types(dtype, leaf.dtype)
-        self._state_names = [f"state_{group.role}_{i}" for i, group in self._numbered()]
-        for name, group in zip(self._state_names, self._groups, strict=True):
-            start = group.values()
-            self.register_buffer(name, start.zero_() if group.role in zero_start else start)
+        by_role = groupby(self.groups, key=lambda group: group.role)
+        suffixes = [f"{role}_{i}" for role, groups in by_role for i, _ in enumerate(groups)]
+        self._state_names = [f"state_{suffix}" for suffix in suffixes]
+        for name, group in zip(self._state_names, self.groups, strict=True):
+            start = group.values().to(home, copy=True)
+            zero = self.roles[group.role].zero_start
+            self.register_buffer(name, start.zero_() if zero else start)
         self._average_names: list[str] = []
         if self._decay is not None:
-            self._average_names = [f"square_{group.role}_{i}" for i, group in self._numbered()]
-            for name, group in zip(self._average_names, self._groups, strict=True):
-                self.register_buffer(name, torch.zeros(*group.shape[:2], 1))
-            self._average_names.append("square_weight")
+            self._average_names = [*(f"square_{suffix}" for suffix in suffixes), "square_weight"]
+            for name, group in zip(self._average_names, self.groups, strict=False):
+                tokens = token_shape(group.shape, self.roles[group.role].tokens)
+                self.register_buffer(name, torch.zeros(*tokens[:2], 1))
             self.register_buffer("square_weight", torch.zeros(()))
-        self.to(self._groups[0].leaves[0].device, dtype)
-
-    def _numbered(self) -> list[tuple[int, LeafGroup]]:
-        """Return the groups, each with its position in its role."""
-        by_role = groupby(self._groups, key=lambda group: group.role)
-        return [numbered for _, groups in by_role for numbered in enumerate(groups)]
+        self.to(home, dtype)
 
     def _saved(self, names: Sequence[str]) -> list[Tensor]:
         return [self.get_buffer(name) for name in names]
 
-    def _generate(self) -> list[Tensor]:
-        """Return the values of each group, in autograd's graph; changes nothing."""
-        state = dict(zip(self._groups, self._saved(self._state_names), strict=True))
-        values: list[Tensor] = []
-        for role, hypernetwork in self.hypernetworks.items():
-            start = [state[group] for group in self._groups if group.role == role]
-            # A surrounding autocast would round the factors to the precision of activations.
-            with torch.autocast(start[0].device.type, enabled=False):
-                output = hypernetwork(start)
-            if not self._recurrent:
-                output = [before + change for before, change in zip(start, output, strict=True)]
-            values += [_unit_rows(rows) for rows in output] if role in self._unit_rows else output
+    def state_of(self, role: str) -> list[Tensor]:
+        """Return the state P_i of each group of ``role``, (matrices, rows, columns)."""
+        saved = zip(self.groups, self._saved(self._state_names), strict=True)
+        return [state for group, state in saved if group.role == role]
+
+    def generate(self, context: Context = None) -> dict[str, list[Tensor]]:
+        """Return the values of each group by role, in autograd's graph; changes nothing.
+
+        ``context``: as for `refresh`.
+        """
+        values = {}
+        for name, network in self.hypernetworks.items():
+            assert isinstance(network, Hypernetwork)
+            state = self.state_of(name)
+            rows = context_rows(context, name, self.get_buffer(f"order_{name}"))
+            rows = None if rows is None else rows.to(state[0].dtype)
+            values[name] = self.recursion.values(network, self.roles[name], state, rows)
         return values
 
-    def refresh(self) -> None:
+    def refresh(self, context: Context = None) -> None:
         """Write this step's values into the leaves, which must not change until `backward`.
 
-        A function of weights and state alone: a second call writes the same values. Under
+        A function of weights, state and context alone: a second call writes the same values. Under
         `torch.no_grad` it writes for evaluation only: nothing waits for `backward` or `commit`.
+
+        ``context``: for a ``context_width`` n, features (n,) of all matrices, or (matrices, n) in
+        the order of the leaves; the same for all roles, or a mapping by role. It is an input, not
+        a state: nothing of it is saved.
+
+        Raises:
+            HyperError: a context where none was declared, none where it was, or a wrong shape.
         """
-        values = self._generate()
-        for group, rows in zip(self._groups, values, strict=True):
+        values = list(chain.from_iterable(self.generate(context).values()))
+        for group, rows in zip(self.groups, values, strict=True):
             group.write_(rows)
         self.discard()
         if torch.is_grad_enabled():
             self._refreshed = True
             self._pending = values
-            self._versions = [group.versions() for group in self._groups]
+            self._versions = [group.versions() for group in self.groups]
 
-    def backward(self) -> None:
+    def backward(self, scale: float = 1.0) -> None:
         """Carry the leaves' gradients into the hypernetworks' weights, in one backward pass.
+
+        ``scale``: what the loss was multiplied by, as `torch.amp.GradScaler.get_scale` says. The
+        weights' gradients have it too, until the scaler takes it out; the averages do not.
 
         Raises:
             HyperError: there was no `refresh`, a leaf has changed since, or has no gradient.
@@ -159,28 +211,25 @@ class GeneratedParameters(nn.Module):
                 "backward() was called without a pending refresh(), expected one refresh() before "
                 "each backward(); call refresh() with gradients enabled before the model runs."
             )
-        for group, versions in zip(self._groups, self._versions, strict=True):
+        for group, versions in zip(self.groups, self._versions, strict=True):
             group.check_unchanged(versions)
         gradients = [
-            group.gradients().to(rows.dtype)
-            for group, rows in zip(self._groups, self._pending, strict=True)
+            group.gradients().to(rows.device, rows.dtype)
+            for group, rows in zip(self.groups, self._pending, strict=True)
         ]
-        torch.autograd.backward(self._pending, self._normalised(gradients))
+        torch.autograd.backward(self._pending, self._normalised(gradients, scale))
         self._pending = []
 
-    def _normalised(self, gradients: list[Tensor]) -> list[Tensor]:
+    def _normalised(self, gradients: list[Tensor], scale: float) -> list[Tensor]:
         if self._decay is None:
             return gradients
-        squares = [gradient.square().mean(-1, keepdim=True) for gradient in gradients]
+        kinds = [self.roles[group.role].tokens for group in self.groups]
+        cut = [to_tokens(gradient, kind) for gradient, kind in zip(gradients, kinds, strict=True)]
         before = self._saved(self._average_names)
-        self._averages = [
-            torch.lerp(average, square, 1 - self._decay)
-            for average, square in zip(before, [*squares, torch.ones_like(before[-1])], strict=True)
-        ]
-        weight = self._averages[-1]
+        cut, self._averages = normalise_tokens(cut, before, self._decay, scale)
         return [
-            gradient / ((average / weight).sqrt() + _EPSILON)
-            for gradient, average in zip(gradients, self._averages[:-1], strict=True)
+            from_tokens(part, kind, group.shape[1])
+            for part, kind, group in zip(cut, kinds, self.groups, strict=True)
         ]
 
     @torch.no_grad()
@@ -195,8 +244,8 @@ class GeneratedParameters(nn.Module):
                 "commit() was called without a pending refresh(), expected one refresh() before "
                 "each commit(); an evaluation's refresh() belongs after commit()."
             )
-        if self._recurrent:
-            for state, group in zip(self._saved(self._state_names), self._groups, strict=True):
+        if not self.recursion.keeps_start:
+            for state, group in zip(self._saved(self._state_names), self.groups, strict=True):
                 state.copy_(group.values())
         if self._averages:
             torch._foreach_copy_(self._saved(self._average_names), self._averages)
@@ -209,40 +258,24 @@ class GeneratedParameters(nn.Module):
         self._versions = []
         self._averages = []
 
+    def parameter_groups(
+        self,
+        lr: float,
+        *,
+        parts: Mapping[str, float] | None = None,
+        roles: Mapping[str, float] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return groups for an optimizer, with a learning rate for each role and part.
 
-def _unit_rows(rows: Tensor) -> Tensor:
-    """Divide each row by its norm; a row of zeros stays zero, with gradient zero."""
-    square = rows.square().sum(-1, keepdim=True)
-    has_norm = square > torch.finfo(rows.dtype).tiny
-    return rows * torch.where(has_norm, torch.where(has_norm, square, 1.0).rsqrt(), 0.0)
+        ``lr`` is multiplied by ``parts``, for "input_projection", "body", "output_projection" and
+        "embeddings", and by ``roles``; 1 where nothing is said.
 
+        Raises:
+            HyperError: an unknown part or role.
 
-def _check_decay(decay: float) -> None:
-    if not 0 <= decay < 1:
-        raise HyperError(
-            f"gradient_decay is {decay}, expected 0 or more and below 1; 0.99 averages about the "
-            "last 100 steps."
-        )
-
-
-def _check_outputs(
-    outputs: Mapping[str, str], zero_start: Collection[str], leaves: Mapping[str, object]
-) -> None:
-    for what, named in (("outputs", outputs), ("zero_start", zero_start)):
-        for role in sorted(set(named) - set(leaves)):
-            raise HyperError(
-                f"{what} names the role {role!r}, expected one of {', '.join(leaves)}; correct or "
-                "drop it."
-            )
-    for role, output in outputs.items():
-        _check_choice(f"outputs[{role!r}]", output, ("free", "unit_rows"))
-        if output == "unit_rows" and role in zero_start:
-            raise HyperError(
-                f"outputs[{role!r}] is 'unit_rows' and zero_start names {role!r}, but zero has no "
-                "direction; make the output 'free' or drop it from zero_start."
-            )
-
-
-def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise HyperError(f"{what} is {value!r}, expected one of {', '.join(choices)}; choose one.")
+        >>> generated = GeneratedParameters({"w": [torch.ones(2, 3)]}, config="mlp-small")
+        >>> groups = generated.parameter_groups(1e-3, parts={"output_projection": 0.5})
+        >>> {group["name"]: group["lr"] for group in groups}["w.output_projection"]
+        0.0005
+        """
+        return parameter_groups(self.hypernetworks, lr, parts or {}, roles or {})

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -11,37 +12,48 @@ from hyper_core.errors import HyperError
 
 @dataclass(frozen=True, eq=False)
 class LeafGroup:
-    """Leaves of one role with equal tokens and width, as one tensor (matrices, tokens, width).
+    """Leaves of one role, shape and device, as one tensor (matrices, rows, columns).
 
-    ``leaves``: all (matrices, tokens, width), or all (tokens, width) and then a matrix each. A
-    read, a write or a gradient is one operation, however many leaves there are.
+    ``leaves``: all (matrices, rows, columns), or all (rows, columns) and then a matrix each; of
+    scalars without the columns, of which the stack then has one. ``positions``: of the group's
+    matrices among the role's. A read, a write or a gradient is one operation, however many leaves
+    there are.
     """
 
     role: str
     names: tuple[str, ...]
     leaves: tuple[Tensor, ...]
+    positions: tuple[int, ...]
+    scalars: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(matrices, tokens, width)."""
-        tokens, width = self.leaves[0].shape[-2:]
-        return sum(self._matrices()), tokens, width
+        """(matrices, rows, columns)."""
+        sizes = (*self.leaves[0].shape, 1) if self.scalars else self.leaves[0].shape
+        return len(self.positions), sizes[-2], sizes[-1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the leaves are."""
+        return self.leaves[0].device
 
     @torch.no_grad()
     def values(self) -> Tensor:
-        """Return a detached copy of the leaves' values."""
+        """Return the leaves' values, detached; they may share memory with a leaf."""
         return self._join(list(self.leaves))
 
     @torch.no_grad()
     def write_(self, values: Tensor) -> None:
-        """Copy ``values`` into the leaves, in place and in their dtype."""
-        parts = (
-            torch.unbind(values) if self._are_matrices() else torch.split(values, self._matrices())
-        )
+        """Copy ``values`` into the leaves, in place, in their dtype and on their device."""
+        values = values.to(self.device)
+        if self.scalars:
+            values = values.squeeze(-1)
+        sizes = [len(leaf) for leaf in self.leaves]
+        parts = torch.unbind(values) if self._are_matrices() else torch.split(values, sizes)
         torch._foreach_copy_(list(self.leaves), list(parts))
 
     def gradients(self) -> Tensor:
-        """Return the leaves' ``.grad``.
+        """Return the leaves' ``.grad``; it may share memory with one.
 
         Raises:
             HyperError: a leaf has none.
@@ -75,76 +87,86 @@ class LeafGroup:
                 )
 
     def _are_matrices(self) -> bool:
-        return self.leaves[0].ndim == 2
-
-    def _matrices(self) -> list[int]:
-        return [1 if leaf.ndim == 2 else leaf.shape[0] for leaf in self.leaves]
+        return self.leaves[0].ndim == (1 if self.scalars else 2)
 
     def _join(self, parts: list[Tensor]) -> Tensor:
-        return torch.stack(parts) if self._are_matrices() else torch.cat(parts)
+        if self._are_matrices():
+            stack = torch.stack(parts)
+        else:
+            stack = torch.cat(parts) if len(parts) > 1 else parts[0].detach()
+        return stack.unsqueeze(-1) if self.scalars else stack
 
 
-def group_leaves(leaves: Mapping[str, Sequence[Tensor]]) -> list[LeafGroup]:
-    """Group the leaves of each role by shape, in the order of first appearance.
+def group_leaves(
+    leaves: Mapping[str, Sequence[Tensor]], scalars: Iterable[str] = ()
+) -> list[LeafGroup]:
+    """Group the leaves of each role by shape and device, in the order of first appearance.
 
     Raises:
-        HyperError: no role, a role that cannot name a module or has no tensors, or a tensor that
-            cannot be a leaf.
+        HyperError: a tensor that cannot be a leaf.
     """
+    _check_tensors(leaves, set(scalars))
+    groups: list[LeafGroup] = []
+    for role, tensors in leaves.items():
+        one = 1 if role in scalars else 2
+        members: dict[object, list[int]] = {}
+        counts = [1 if leaf.ndim == one else len(leaf) for leaf in tensors]
+        starts = list(accumulate(counts, initial=0))
+        for i, leaf in enumerate(tensors):
+            members.setdefault((leaf.ndim, leaf.shape[-one:], leaf.device), []).append(i)
+        groups += [
+            LeafGroup(
+                role,
+                tuple(f"{role}[{i}]" for i in chosen),
+                tuple(tensors[i] for i in chosen),
+                tuple(p for i in chosen for p in range(starts[i], starts[i + 1])),
+                role in scalars,
+            )
+            for chosen in members.values()
+        ]
+    return groups
+
+
+def check_roles(leaves: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raise a `HyperError` for no role, one that cannot name a module, or one without tensors."""
     if not leaves:
         raise HyperError(
             "leaves has no role, expected at least one; give for example {'weight': [tensor]}."
         )
     for role, tensors in leaves.items():
-        _check_role(role, tensors)
-    _check_tensors([(f"{role}[{i}]", t) for role in leaves for i, t in enumerate(leaves[role])])
-    groups: dict[tuple[str, int, torch.Size], list[tuple[str, Tensor]]] = {}
-    for role, tensors in leaves.items():
-        for position, leaf in enumerate(tensors):
-            key = (role, leaf.ndim, leaf.shape[-2:])
-            groups.setdefault(key, []).append((f"{role}[{position}]", leaf))
-    return [
-        LeafGroup(role, tuple(name for name, _ in members), tuple(leaf for _, leaf in members))
-        for (role, _, _), members in groups.items()
-    ]
+        if not role.isidentifier() or hasattr(nn.ModuleDict, role):
+            raise HyperError(
+                f"the role {role!r} cannot name a module, expected letters, digits and '_' that "
+                "are not a method of nn.ModuleDict; rename it."
+            )
+        if not len(tensors):
+            raise HyperError(
+                f"the role {role!r} has 0 tensors, expected at least one; give it some or drop it."
+            )
 
 
-def _check_role(role: str, tensors: Sequence[Tensor]) -> None:
-    if not role.isidentifier() or hasattr(nn.ModuleDict, role):
-        raise HyperError(
-            f"the role {role!r} cannot name a module, expected letters, digits and '_' that are "
-            "not a method of nn.ModuleDict; rename it."
-        )
-    if not len(tensors):
-        raise HyperError(
-            f"the role {role!r} has 0 tensors, expected at least one; give it some or drop it."
-        )
-
-
-def _check_tensors(named: Iterable[tuple[str, Tensor]]) -> None:
+def _check_tensors(leaves: Mapping[str, Sequence[Tensor]], scalars: set[str]) -> None:
     seen: dict[int, str] = {}
-    device: torch.device | None = None
-    for name, leaf in named:
-        if leaf.ndim not in (2, 3) or not leaf.numel() or not leaf.is_floating_point():
-            raise HyperError(
-                f"{name} is {leaf.dtype} of the shape {tuple(leaf.shape)}, expected floating-point "
-                "numbers of the shape (matrices, tokens, width) or (tokens, width), none of them "
-                "0; reshape or convert it."
-            )
-        if not leaf.is_leaf:
-            raise HyperError(
-                f"{name} is a result of {type(leaf.grad_fn).__name__}, expected a tensor that "
-                "autograd accumulates .grad into; give the parameter itself, or a view of it made "
-                "under torch.no_grad() whose .grad you set."
-            )
-        if id(leaf) in seen:
-            raise HyperError(
-                f"{name} is the same tensor as {seen[id(leaf)]}, expected each once; drop one."
-            )
-        seen[id(leaf)] = name
-        device = device or leaf.device
-        if leaf.device != device:
-            raise HyperError(
-                f"{name} is on {leaf.device}, expected {device} as the leaves before it; move it, "
-                "or make one GeneratedParameters per device."
-            )
+    for role, tensors in leaves.items():
+        shapes = "(matrices, numbers) or (numbers,)"
+        if role not in scalars:
+            shapes = "(matrices, rows, columns) or (rows, columns)"
+        for name, leaf in ((f"{role}[{i}]", leaf) for i, leaf in enumerate(tensors)):
+            dimensions = (1, 2) if role in scalars else (2, 3)
+            if leaf.ndim not in dimensions or not leaf.numel() or not leaf.is_floating_point():
+                raise HyperError(
+                    f"{name} is {leaf.dtype} of the shape {tuple(leaf.shape)}, expected "
+                    f"floating-point numbers of the shape {shapes}, none of them 0; reshape or "
+                    "convert it."
+                )
+            if not leaf.is_leaf:
+                raise HyperError(
+                    f"{name} is a result of {type(leaf.grad_fn).__name__}, expected a tensor that "
+                    "autograd accumulates .grad into; give the parameter itself, or a view of it "
+                    "made under torch.no_grad() whose .grad you set."
+                )
+            if id(leaf) in seen:
+                raise HyperError(
+                    f"{name} is the same tensor as {seen[id(leaf)]}, expected each once; drop one."
+                )
+            seen[id(leaf)] = name

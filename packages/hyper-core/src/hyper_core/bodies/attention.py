@@ -1,68 +1,131 @@
-"""BERT's encoder layer, as the body of a hypernetwork."""
+"""BERT's encoder layers as a body."""
 
-import math
+from dataclasses import dataclass, fields
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hyper_core.bodies.config import check_size
 from hyper_core.errors import HyperError
-from hyper_core.presets import AttentionConfig
+from hyper_core.init import GELU_SECOND_MOMENT
+from hyper_core.stacked import StackedLayerNorm, StackedLinear
 
-_GELU_SECOND_MOMENT = 1 / 3 + 1 / (2 * math.pi * math.sqrt(3))
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """``layers`` encoder layers over tokens ``hidden`` wide, with ``heads`` heads.
+
+    ``norm`` "post", as BERT's: x₁ = LN(x + W_O·Attention(x)); y = LN(x₁ + W₂·GELU(W₁·x₁)).
+    ``norm`` "pre": x₁ = x + W_O·Attention(LN(x)); y = x₁ + W₂·GELU(W₁·LN(x₁)), and after the last
+    layer LN(y). Attention is softmax(q kᵀ / √(hidden / heads)) v within one matrix. There is no
+    dropout: the output is a function of weights and input alone.
+
+    ``max_score_bytes``: the attention scores of a batch, matrices · heads · tokens² · 4 bytes, may
+    take this much; more is refused. Fused kernels need not hold them, but must compute them.
+
+    The defaults are one layer of TinyBERT (paper, section 4.1.4): 312 wide, 12 heads; its
+    feed-forward part, which the paper does not state, is TinyBERT's 1200.
+    Paper: section 3.3 and equation 8. Deviations: no dropout; the start.
+
+    Start: biases 0, weights N(0, σ²) with the σ of `hyper_core.init.fan_in_normal_`.
+
+    Raises:
+        HyperError: a size below one, ``hidden`` that ``heads`` does not divide, an unknown norm.
+
+    >>> import torch
+    >>> body = AttentionConfig(hidden=8, heads=2, feed_forward=16).build(networks=1)
+    >>> body(torch.ones(1, 5, 3, 8)).shape
+    torch.Size([1, 5, 3, 8])
+    """
+
+    hidden: int = 312
+    heads: int = 12
+    feed_forward: int = 1200
+    layers: int = 1
+    norm: Literal["post", "pre"] = "post"
+    max_score_bytes: int = 2**32
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name != "norm":
+                check_size(self, field.name, getattr(self, field.name), field.default)
+        if self.hidden % self.heads:
+            above = self.hidden + self.heads - self.hidden % self.heads
+            raise HyperError(
+                f"AttentionConfig.hidden is {self.hidden}, expected a multiple of heads, "
+                f"{self.heads}; make it {above}."
+            )
+        if self.norm not in ("post", "pre"):
+            raise HyperError(
+                f"AttentionConfig.norm is {self.norm!r}, expected one of post, pre; choose one."
+            )
+
+    @property
+    def input_width(self) -> int:
+        """``hidden``."""
+        return self.hidden
+
+    @property
+    def output_width(self) -> int:
+        """``hidden``."""
+        return self.hidden
+
+    def build(self, networks: int) -> nn.Module:
+        """Return that many networks of this size, stacked."""
+        body = nn.Sequential(*(EncoderLayer(networks, self) for _ in range(self.layers)))
+        if self.norm == "pre":
+            body.append(StackedLayerNorm(networks, self.hidden))
+        return body
+
+    def check_tokens(self, matrices: int, tokens: int) -> None:
+        """Refuse more attention scores than ``max_score_bytes``.
+
+        Raises:
+            HyperError: the scores' size, the limit and what to do.
+        """
+        size = 4 * matrices * self.heads * tokens**2
+        if size > self.max_score_bytes:
+            raise HyperError(
+                f"attention among {tokens} tokens in each of {matrices} matrices has {size} bytes "
+                f"of scores, expected at most AttentionConfig.max_score_bytes, "
+                f"{self.max_score_bytes}; cut larger tokens (rows or columns along the shorter "
+                "side), take ConvConfig or MLPConfig, or raise the limit."
+            )
 
 
 class EncoderLayer(nn.Module):
-    """x₁ = LN(x + W_O·Attention(x)); y = LN(x₁ + W₂·GELU(W₁·x₁)): one post-norm BERT layer.
+    """One layer of `AttentionConfig`: (networks, matrices, tokens, hidden) in and out."""
 
-    Attention is softmax(q kᵀ / √(hidden / heads)) v within one matrix (paper, equation 8), in
-    ``heads`` heads. There is no dropout: the output is a function of weights and input alone.
-
-    Shapes: x and y (matrices, tokens, hidden).
-    Gradient: to all weights and to x. Saved: all weights.
-    Paper: section 3.3; section 4.1.4 for the size. Deviation: attention is among the rank
-    components of a matrix, not among its single numbers, whose scores would not fit in memory.
-
-    Start: biases 0, weights N(0, σ²) with σ² so that each map puts out unit variance. A LayerNorm
-    gives x unit variance, and the variance of Σⱼ wⱼ xⱼ over fan-in n is n·σ²·E[xⱼ²], so that
-    σ² = 1/n; for W₂, which reads GELU(u) of u ~ N(0, 1), σ² = 1/(n·E[GELU(u)²]), where by Stein's
-    lemma, E[u·uΦ²] = E[Φ²] + 2·E[uΦφ] = 1/3 + 1/(2π√3) = 0.425.
-
-    Raises:
-        HyperError: x is not (matrices, tokens, hidden).
-
-    >>> import torch
-    >>> EncoderLayer(AttentionConfig(hidden=8, heads=2, feed_forward=16))(torch.ones(5, 3, 8)).shape
-    torch.Size([5, 3, 8])
-    """
-
-    def __init__(self, config: AttentionConfig) -> None:
+    def __init__(self, networks: int, config: AttentionConfig) -> None:
         super().__init__()
-        self.hidden, self.heads = config.hidden, config.heads
-        self.query_key_value = nn.Linear(config.hidden, 3 * config.hidden)
-        self.attention_output = nn.Linear(config.hidden, config.hidden)
-        self.attention_norm = nn.LayerNorm(config.hidden)
-        self.up = nn.Linear(config.hidden, config.feed_forward)
-        self.down = nn.Linear(config.feed_forward, config.hidden)
-        self.output_norm = nn.LayerNorm(config.hidden)
-        for linear in (self.query_key_value, self.attention_output, self.up, self.down):
-            second_moment = _GELU_SECOND_MOMENT if linear is self.down else 1.0
-            nn.init.normal_(linear.weight, std=(linear.in_features * second_moment) ** -0.5)
-            nn.init.zeros_(linear.bias)
+        hidden = config.hidden
+        self.heads, self.pre_norm = config.heads, config.norm == "pre"
+        self.query_key_value = StackedLinear(networks, hidden, 3 * hidden)
+        self.attention_output = StackedLinear(networks, hidden, hidden)
+        self.attention_norm = StackedLayerNorm(networks, hidden)
+        self.up = StackedLinear(networks, hidden, config.feed_forward)
+        self.down = StackedLinear(
+            networks, config.feed_forward, hidden, second_moment=GELU_SECOND_MOMENT
+        )
+        self.output_norm = StackedLayerNorm(networks, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y for x, both (matrices, tokens, hidden).
+        """Return y for x."""
+        if self.pre_norm:
+            x = x + self._attend(self.attention_norm(x))
+            return x + self._feed_forward(self.output_norm(x))
+        x = self.attention_norm(x + self._attend(x))
+        y: Tensor = self.output_norm(x + self._feed_forward(x))
+        return y
 
-        Raises:
-            HyperError: x has another shape.
-        """
-        if x.ndim != 3 or x.shape[-1] != self.hidden:
-            raise HyperError(
-                f"the encoder layer got the shape {tuple(x.shape)}, expected (matrices, tokens, "
-                f"{self.hidden}); project the tokens to {self.hidden} features."
-            )
-        heads = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).movedim(2, 0)
-        query, key, value = heads.transpose(2, 3).unbind(0)
+    def _attend(self, x: Tensor) -> Tensor:
+        heads = self.query_key_value(x).flatten(0, 1).unflatten(-1, (3, self.heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = functional.scaled_dot_product_attention(query, key, value)
-        x = self.attention_norm(x + self.attention_output(mixed.transpose(1, 2).flatten(2)))
-        y: Tensor = self.output_norm(x + self.down(functional.gelu(self.up(x))))
+        y: Tensor = self.attention_output(mixed.transpose(1, 2).flatten(2).view(x.shape))
+        return y
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(functional.gelu(self.up(x)))
         return y

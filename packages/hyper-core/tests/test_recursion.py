@@ -1,0 +1,140 @@
+"""The recursion over many steps: bounded and apart with the defaults, and not without them."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from hyper_core import AttentionConfig, GeneratedParameters, HyperError, diagnose
+from hyper_core.recursion import Recursion
+
+MATRICES, RANK, WIDTH = 12, 4, 48
+SMALL = AttentionConfig(hidden=32, heads=4, feed_forward=64)
+
+
+def make(config=SMALL, outputs="unit_rows", **options):
+    p = functional.normalize(torch.randn(MATRICES, RANK, WIDTH), dim=-1).requires_grad_()
+    generated = GeneratedParameters({"p": [p]}, config=config, outputs={"p": outputs}, **options)
+    return p, generated
+
+
+def train(p, generated, steps, lr=1e-3):
+    """Fit other unit rows with Adam; return the losses."""
+    target = functional.normalize(torch.randn(p.shape), dim=-1)
+    optimizer = torch.optim.Adam(generated.parameters(), lr=lr)
+    losses = []
+    for _ in range(steps):
+        generated.refresh()
+        loss = (p - target).square().sum() / MATRICES
+        p.grad = None
+        optimizer.zero_grad()
+        loss.backward()
+        generated.backward()
+        optimizer.step()
+        generated.commit()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("outputs", ["unit_rows", "orthonormal", "free"])
+def test_a_thousand_steps_at_fixed_weights_stay_bounded_and_apart(recwarn, outputs):
+    p, generated = make(outputs=outputs)
+    for _ in range(1000):
+        generated.refresh()
+        generated.commit()
+    figures = diagnose(generated).roles["p"]
+    assert 0.5 < p.detach().norm(dim=-1).min() < p.detach().norm(dim=-1).max() < 2
+    assert figures.cosine < 0.45
+    assert figures.effective_rank > 2
+    assert not list(recwarn)
+
+
+def test_a_thousand_trained_steps_with_the_defaults_stay_bounded_apart_and_learn(recwarn):
+    p, generated = make()
+    losses = train(p, generated, 1000)
+    figures = diagnose(generated).roles["p"]
+    torch.testing.assert_close(p.detach().norm(dim=-1), torch.ones(MATRICES, RANK))
+    assert losses[-1] < 0.1 * losses[0]
+    assert figures.cosine < 0.25
+    assert figures.effective_rank > RANK / 2
+    assert not list(recwarn)
+
+
+def test_small_embeddings_make_the_components_of_a_matrix_one():
+    """As found in trials: with σ = 0.02 what is generated for different places is the same."""
+    generated = make()[1]
+    with torch.no_grad():
+        generated.hypernetworks["p"].embedding.mul_(0.02)
+    for _ in range(100):
+        generated.refresh()
+        generated.commit()
+    with pytest.warns(UserWarning, match="collapse into one"):
+        diagnosis = diagnose(generated)
+    assert "their components collapse into one" in " ".join(diagnosis.warnings)
+    assert diagnosis.roles["p"].effective_rank < 1.2
+
+
+def test_small_embeddings_learn_later():
+    losses = []
+    for scale in (1.0, 0.02):
+        torch.manual_seed(0)
+        p, generated = make()
+        with torch.no_grad():
+            generated.hypernetworks["p"].embedding.mul_(scale)
+        losses.append(train(p, generated, 60)[-1])
+    assert losses[0] < 0.6 * losses[1]
+
+
+def test_outputs_without_a_scale_grow_with_the_default_start_of_a_linear_layer():
+    """As found in trials: torch's own start and no unit rows; the factors leave all bounds."""
+    p, generated = make(outputs="free")
+    with torch.no_grad():
+        for projection in generated.hypernetworks["p"].outputs.values():
+            torch.nn.init.kaiming_uniform_(projection.weight[0], a=5**0.5)
+    generated.refresh()
+    gram = p.detach() @ p.detach().mT
+    assert (gram - torch.eye(RANK)).square().sum((-2, -1)).mean() > 100
+    bounded, other = make()
+    with torch.no_grad():
+        for projection in other.hypernetworks["p"].outputs.values():
+            torch.nn.init.kaiming_uniform_(projection.weight[0], a=5**0.5)
+    other.refresh()
+    gram = bounded.detach() @ bounded.detach().mT
+    assert (gram - torch.eye(RANK)).square().sum((-2, -1)).mean() <= RANK * (RANK - 1)
+
+
+def test_the_undamped_residual_recursion_explodes_and_the_damped_one_does_not():
+    """P ← P + H(P), as found in trials: a momentum that nothing brakes."""
+    norms = {}
+    for state in ("static", "damped"):
+        torch.manual_seed(0)
+        p, generated = make(outputs="free", state=state)
+        with torch.no_grad():
+            for projection in generated.hypernetworks["p"].outputs.values():
+                projection.weight.normal_(std=(32 * WIDTH) ** -0.5)
+        for _ in range(300):
+            generated.refresh()
+            generated.state_p_0.copy_(p.detach())  # what the static state is there not to do
+        norms[state] = p.detach().norm(dim=-1).mean().item()
+    assert norms["static"] > 50
+    assert 0.5 < norms["damped"] < 2
+    generated.state_p_0.mul_(1e4)
+    with pytest.warns(UserWarning, match="the recursion explodes"):
+        diagnose(generated)
+
+
+@pytest.mark.parametrize("relaxation", [0.25, 1.0])
+def test_damped_is_a_weighted_mean_of_the_state_and_the_output(relaxation):
+    torch.manual_seed(0)
+    recurrent = make(outputs="free")
+    torch.manual_seed(0)
+    damped = make(outputs="free", state="damped", relaxation=relaxation)
+    before = damped[0].detach().clone()
+    for _, generated in (recurrent, damped):
+        generated.refresh()
+    expected = (1 - relaxation) * before + relaxation * recurrent[0]
+    torch.testing.assert_close(damped[0].detach(), expected.detach())
+
+
+def test_an_unknown_state_is_refused():
+    with pytest.raises(HyperError, match="state is 'residual', expected one of recurrent, static"):
+        Recursion("residual")
