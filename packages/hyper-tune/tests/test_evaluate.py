@@ -70,10 +70,13 @@ def test_held_out_loss_is_the_mean_over_the_labelled_tokens(models: SimpleNamesp
     assert len(losses) == 6 + 3 + 1 + 1 + 1
     expected = float(sum(losses) / len(losses))
     models.model.train()
+    modes: list[bool] = []
+    models.model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
     for size in (1, 2, 5, 9):
         found = held_out_loss(models.model, samples, batch_size=size, pad_id=260, device=CPU)
         assert found == pytest.approx(expected, rel=1e-6)
     assert models.model.training
+    assert not any(modes)
 
 
 class Script(nn.Module):
@@ -113,12 +116,13 @@ def prompt(tokenizer: Any, family: str, question: str) -> list[int]:
     return [begin, *asked, start, *plain("assistant"), end, *plain("\n\n")]
 
 
-# Written before the stop token, after it, the wanted answer, whether it is right.
+# Written before a stop token, between it and another, the wanted answer, whether it is right.
 ANSWERS = [
     ("12", "34", "12", True),
     ("12", "", "12", True),
     ("1234", "", "1234", True),
     (" 12\n", "3", "12", True),
+    ("12", "", "12\n", True),
     ("1 2", "", "1 2", True),
     ("12", "", "13", False),
     ("12", "3", "123", False),
@@ -141,6 +145,7 @@ def test_exact_match_counts_the_answers_that_are_repeated_up_to_a_stop_token(
                 *tokenizer.encode(before, add_bos=False, add_eos=False),
                 stop,
                 *tokenizer.encode(after, add_bos=False, add_eos=False),
+                stop,
             ]
             texts.append(prompt(tokenizer, family, question) + written)
             rows.append({"question": question, "answer": wanted})
