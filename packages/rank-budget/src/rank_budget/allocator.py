@@ -176,8 +176,8 @@ class RankAllocator:
         missing = self._scorer.read()
         if missing and self._missing == "refuse":
             raise BudgetError(
-                f"{len(missing)} matrices, such as {min(missing)}, have no gradient at step {step}; "
-                "call score or step after the backward pass and before zero_grad, or give "
+                f"{len(missing)} matrices, such as {min(missing)}, have no gradient at step "
+                f"{step}; call score or step after the backward pass and before zero_grad, or give "
                 "missing='skip' for modules that are frozen or unused."
             )
         self._pending = missing

@@ -1,5 +1,6 @@
 """What an allocation did, kept on the device until someone asks."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,7 +31,8 @@ class Allocation:
     @cached_property
     def _read(self) -> list[float]:
         numbers: list[float] = self.stats.tolist()
-        return numbers
+        # As in the choice, NaN counts as the highest.
+        return [math.inf if math.isnan(number) else number for number in numbers]
 
     @property
     def pruned(self) -> int:

@@ -12,8 +12,8 @@ class Schedule(Protocol):
     """A budget over time, in ranks or in what `RankAllocator` was told to count.
 
     ``initial``: alive at step 0, over all matrices. A schedule of your own may also have
-    ``allocates(step)``, which regrowth asks for, and ``end``, the step from which the budget is
-    final.
+    ``allocates(step)``, which regrowth asks for, ``final``, with which limits are compared, and
+    ``end``, the step from which the budget is final.
     """
 
     @property
@@ -36,6 +36,11 @@ class ConstantBudget:
 
     def __post_init__(self) -> None:
         require(self.initial >= 1, "initial", self.initial, "must be at least 1")
+
+    @property
+    def final(self) -> int:
+        """What is alive in the end."""
+        return self.initial
 
     @property
     def end(self) -> int:
@@ -109,6 +114,11 @@ class FixedPruning:
         numbers = (self.initial, self.budget, self.count)
         initial, budget, count = (number * matrices for number in numbers)
         return replace(self, initial=initial, budget=budget, count=count)
+
+    @property
+    def final(self) -> int:
+        """What is alive in the end, if the run is long enough."""
+        return self.budget
 
     @property
     def end(self) -> int | None:

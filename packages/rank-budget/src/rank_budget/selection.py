@@ -138,7 +138,7 @@ def _spent(cost: Tensor, layout: Layout) -> Tensor:
     spent = cost.cumsum(0)
     if layout.group_start.numel() == 1:
         return spent
-    return spent - (spent - cost)[layout.group_start][layout.group]
+    return spent - (spent - cost.long())[layout.group_start][layout.group]
 
 
 def _of_group(budgets: Tensor | int, layout: Layout) -> Tensor | int:

@@ -243,7 +243,7 @@ class Gather:
         present = [role for role in ROLES if any(block.role == role for block in blocks)]
         table = torch.full((len(present), start), count, dtype=torch.long)
         sharded = torch.zeros(len(present), start, dtype=torch.bool)
-        weights = torch.zeros(len(present), start)
+        weights = torch.zeros(len(present), start, dtype=torch.float64)
         position = 0
         for block in blocks:
             for name in block.names:
