@@ -196,8 +196,8 @@ def test_groups_share_their_part_of_the_budget(kit):
         ),
         (
             Limits(floors={"*.k": 1}),
-            "floors has the pattern '*.k', which matches none of the 4 matrices, such as '0.q'; mend "
-            "or remove it.",
+            "floors has the pattern '*.k', which matches none of the 4 matrices, such as '0.q'; "
+            "mend or remove it.",
         ),
         (
             Limits(groups=["mlp.*"]),

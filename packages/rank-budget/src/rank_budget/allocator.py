@@ -242,8 +242,8 @@ class RankAllocator:
 
     def _apply(self, *, written: bool) -> None:
         """Put the masks where layers read them, or λ to zero where they read none."""
-        roster, final = self._roster, self._plan.is_final(self.steps)
-        if self._plan.direction == "regrow" and not final:
+        roster, plan = self._roster, self._plan
+        if plan.direction == "regrow" and not plan.is_final(self.steps):
             actions = roster.zeroers if written else ()
         else:
             actions = [*(roster.writers if written else ()), *roster.silencers]
