@@ -56,7 +56,7 @@ def test_regrowth_is_adaloras_rule_step_by_step(twin, kit, mask):
                 rows = twin.rows_of(layer), twin.rows_of(layer, lambda tensor: tensor.grad)
                 reference.observe(name, *rows)
 
-    for step, done in enumerate(train(layers, allocator, 30), 1):
+    for step, done in enumerate(train(layers, allocator, 30, lr=1.0), 1):
         assert (done is not None) == ((5 < step < 20 and step % 2 == 0) or step == 20)
         if done:
             scores = {key: reference.score(*key) for key in components}

@@ -117,7 +117,7 @@ def test_half_precision_scores_are_those_of_single_precision(kit, dtype):
             copies = [part.to(cast) for part in small]
             for part, slope in zip(copies, slopes, strict=True):
                 part.grad = slope.to(cast)
-            found[name] = Triplet(*copies)
+            found[name] = Triplet(*copies, layer.rank_mask.clone())
     for score in SCORES:
         one, two = (
             RankAllocator(found, FixedPruning(6, 2, 2, 1), score=score) for found in (layers, wide)
@@ -126,6 +126,8 @@ def test_half_precision_scores_are_those_of_single_precision(kit, dtype):
             assert one.step() == two.step()
         torch.testing.assert_close(one.importance(), two.importance(), rtol=1e-6, atol=0)
         assert min(part.min() for part in one.importance().values()) > 0
+        for layer in (*layers.values(), *wide.values()):
+            layer.rank_mask.fill_(True)
 
 
 def test_tensors_of_one_matrix_on_two_devices_are_refused(kit):

@@ -11,7 +11,14 @@ from rank_budget.costs import Cost, cost_named
 from rank_budget.errors import BudgetError
 from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices
 from rank_budget.plan import Direction, Plan, costs_of
-from rank_budget.record import Allocation, check_same, history_from, history_state, stats_of
+from rank_budget.record import (
+    Allocation,
+    check_same,
+    check_size,
+    history_from,
+    history_state,
+    stats_of,
+)
 from rank_budget.roster import roster_of_layers, roster_of_stacks
 from rank_budget.schedules import Schedule
 from rank_budget.scores import Score, ScoreMethod, score_named
@@ -220,7 +227,8 @@ class RankAllocator:
             self._alive = grow_to_budget(scores, before, layout, shares)
         else:
             pool = torch.ones_like(before) if self._plan.direction == "regrow" else before
-            self._alive = prune_to_budget(scores, pool, layout, shares, self._spared())
+            spared = self._roster.components_of(self._pending) if self._pending else None
+            self._alive = prune_to_budget(scores, pool, layout, shares, spared)
         changes = before ^ self._alive
         self._importance = scores
         self._changed.masked_fill_(changes, self.steps)
@@ -230,15 +238,6 @@ class RankAllocator:
         self._live = budget if layout.even else None
         self.history.append(allocation)
         return allocation
-
-    def _spared(self) -> Tensor | None:
-        """Return the components of matrices without a gradient, or None where there are none."""
-        if not self._pending:
-            return None
-        spared = torch.zeros_like(self._alive)
-        for name, part in self._roster.by_matrix(spared).items():
-            part.fill_(name in self._pending)
-        return spared
 
     def _apply(self, *, written: bool) -> None:
         """Put the masks where layers read them, or λ to zero where they read none."""
@@ -289,6 +288,7 @@ class RankAllocator:
         """
         here = [[name, rank] for name, rank in self._roster.ranks.items()]
         check_same(state["matrices"], here, "(name, rank)")
+        check_size(state["alive"], self._alive)
         self._scorer.load_state_dict(state["score"])
         self._alive = state["alive"].to(self._alive.device).clone()
         self._changed = state["changed"].to(self._alive.device).clone()

@@ -106,3 +106,12 @@ def check_same(saved: Sequence[Sequence[Any]], here: Sequence[Sequence[Any]], wh
                 f"the saved state has {what} {before}, but here is {now}; load it into the model "
                 "that it was saved from."
             )
+
+
+def check_size(saved: Tensor, here: Tensor) -> None:
+    """Refuse masks of another number of components than the matrices have."""
+    if len(saved) != len(here):
+        raise BudgetError(
+            f"the saved masks have {len(saved)} components, but the matrices have {len(here)}; "
+            "the state is damaged."
+        )
