@@ -45,6 +45,13 @@ def test_two_processes_choose_as_one_with_the_whole_batch(ranks, case):
             np.testing.assert_allclose(scores[name], values, rtol=1e-3, atol=1e-9)
 
 
+def test_each_process_held_a_part(ranks):
+    assert [[seen["parts"][role] for role in ("p", "lam", "q")] for seen in ranks] == [
+        [[3, 5], [3], [3, 7]],
+        [[3, 5], [2], [2, 7]],
+    ]
+
+
 def test_norm_share_refuses_sharded_factors(ranks):
     assert [seen["refusal"] for seen in ranks] == [
         "NormShare needs whole factors, but these are sharded; leave the factors out of the "
