@@ -103,6 +103,7 @@ class RankAllocator:
         self._importance = torch.zeros_like(roster.alive, dtype=torch.float32)
         self._lowest = torch.full_like(self._importance[:1], -torch.inf)
         self._changed = torch.zeros_like(self._layout.matrix)
+        self._all = torch.ones_like(roster.alive)
         self.steps = 0
         self.skipped = 0
         self.history: list[Allocation] = []
@@ -156,8 +157,7 @@ class RankAllocator:
     @property
     def schedule(self) -> Schedule:
         """The schedule, with what it was told."""
-        schedule: Schedule = self._plan.schedule
-        return schedule
+        return self._plan.schedule
 
     def dead_stay_dead(self) -> bool:
         """Return whether what is dead can no longer return."""
@@ -226,7 +226,7 @@ class RankAllocator:
         if self._plan.direction == "grow":
             self._alive = grow_to_budget(scores, before, layout, shares)
         else:
-            pool = torch.ones_like(before) if self._plan.direction == "regrow" else before
+            pool = self._all if self._plan.direction == "regrow" else before
             spared = self._roster.components_of(self._pending) if self._pending else None
             self._alive = prune_to_budget(scores, pool, layout, shares, spared)
         changes = before ^ self._alive

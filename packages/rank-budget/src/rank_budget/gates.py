@@ -17,7 +17,7 @@ def proximal_gate_(gates: Sequence[Tensor], threshold: float) -> None:
     g ← sign(g) · max(|g| − threshold, 0); with threshold = learning rate · η it is a step on
     η‖g‖₁. λ of a `RankedLayer` serves as the gate; what is exactly zero has no component.
 
-    Paper: Ding et al., SoRA (arXiv 2311.11696), equation 6.
+    Paper: Ding et al., SoRA (arXiv 2311.11696).
 
     >>> gate = torch.tensor([2.0, -0.5, 0.1])
     >>> proximal_gate_([gate], 0.25)
@@ -36,8 +36,7 @@ def l0_gate(log_alpha: Tensor, noise: Tensor | None = None) -> Tensor:
 
     Shapes: log_alpha, noise and the result alike. ``noise``: u, uniform in (0, 1); draw it anew
     each step, the same on every process. Gradient: to log_alpha, where the clamp does not cut.
-    Paper: Hu et al., SaLoRA (Mathematics 11(20), 2023), section 3; Louizos et al. (arXiv
-    1712.01312), equations 10 to 12 and 13.
+    Paper: Hu et al., SaLoRA (Mathematics 11(20), 2023); Louizos et al. (arXiv 1712.01312).
 
     >>> l0_gate(torch.tensor([-9.0, 0.0, 9.0]))
     tensor([0.0000, 0.5000, 1.0000])
@@ -52,7 +51,7 @@ def expected_l0(log_alpha: Tensor) -> Tensor:
     σ(log α − β log(−γ / ζ)). Add a multiple of its sum over the budget to the loss; as the score of
     a `RankAllocator` it makes the last cut exact: ``score=lambda log_alpha, _: expected_l0(...)``.
 
-    Paper: Louizos et al. (arXiv 1712.01312), equation 12.
+    Paper: Louizos et al. (arXiv 1712.01312).
 
     >>> expected_l0(torch.zeros(1))
     tensor([0.8318])

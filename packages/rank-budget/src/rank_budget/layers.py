@@ -46,42 +46,43 @@ class Triplet:
     rank_mask: Tensor | None = None
 
 
-@dataclass
 class AdaLoraLayer:
     """The triplet of one adapter of PEFT's AdaLoRA layer: lora_B, lora_E and lora_A."""
 
-    module: Any
-    adapter: str
+    def __init__(self, module: Any, adapter: str) -> None:
+        self._factors = (module.lora_B, module.lora_E, module.lora_A)
+        self._adapter = adapter
 
     @property
     def p(self) -> Tensor:
         """Return lora_B (out, rank)."""
-        factor: Tensor = self.module.lora_B[self.adapter]
-        return factor
+        return self._get(0)
 
     @p.setter
     def p(self, factor: Tensor) -> None:
-        self.module.lora_B[self.adapter] = factor
+        self._factors[0][self._adapter] = factor
 
     @property
     def lam(self) -> Tensor:
         """Return lora_E (rank, 1)."""
-        factor: Tensor = self.module.lora_E[self.adapter]
-        return factor
+        return self._get(1)
 
     @lam.setter
     def lam(self, factor: Tensor) -> None:
-        self.module.lora_E[self.adapter] = factor
+        self._factors[1][self._adapter] = factor
 
     @property
     def q(self) -> Tensor:
         """Return lora_A (rank, in)."""
-        factor: Tensor = self.module.lora_A[self.adapter]
-        return factor
+        return self._get(2)
 
     @q.setter
     def q(self, factor: Tensor) -> None:
-        self.module.lora_A[self.adapter] = factor
+        self._factors[2][self._adapter] = factor
+
+    def _get(self, place: int) -> Tensor:
+        factor: Tensor = self._factors[place][self._adapter]
+        return factor
 
 
 def ranked_layers(model: nn.Module, adapter: str = "default") -> dict[str, RankedLayer]:

@@ -19,7 +19,7 @@ class NormShare:
     s_i = ‖λ_i p_i q_iᵀ‖_F / ‖P diag(λ) Q‖_F, S ← β S + (1 − β) s. Where the update is zero, so is
     s. The norms come from Gram matrices (rank, rank); the update itself is never formed.
     Saved: S of all components.
-    Paper: Mao et al., DoRA (arXiv 2405.17357), section 3.2.
+    Paper: Mao et al., DoRA (arXiv 2405.17357).
 
     Raises:
         BudgetError: β outside [0, 1), or factors that are sharded.
@@ -80,11 +80,11 @@ class Shares:
         grams: dict[int, Tensor] = {}
         for index, block in enumerate(self._blocks):
             if block.role != "lam":
-                factor = block.per_component(wide(block.stack(block.read())))
+                factor = block.per_component(wide(block.stack(block.read()[0])))
                 grams[index] = factor @ factor.mT
         parts = []
         for block, orders in zip(self._lam, self._order, strict=True):
-            lam = block.per_component(wide(block.stack(block.read())))
+            lam = block.per_component(wide(block.stack(block.read()[0])))
             gram = lam * lam.mT
             for chosen, rows in orders:
                 gram = gram * torch.cat([grams[index] for index in chosen])[rows]

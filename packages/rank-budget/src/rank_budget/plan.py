@@ -1,7 +1,7 @@
 """When to allocate, and to how much: the schedule, in whole shares for each group."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Plan:
                 f"{type(schedule).__name__} has no allocates(step), which regrowth asks for when "
                 "to choose anew; add it, or use direction='prune'."
             )
-        self.schedule: Any = schedule
+        self.schedule = schedule
         self.direction = direction
         self._parts = list(parts)
         self._device = device
@@ -43,7 +43,8 @@ class Plan:
     def due(self, step: int, budget: int) -> bool:
         """Return whether to allocate after ``step``, where ``budget`` was met before."""
         if self.direction == "regrow":
-            return bool(self.schedule.allocates(step))
+            allocates: Callable[[int], bool] = self.schedule.allocates  # type: ignore[attr-defined]
+            return allocates(step)
         now = self.schedule.live_ranks(step)
         return bool(now > budget if self.direction == "grow" else now < budget)
 

@@ -98,7 +98,7 @@ class _MomentaryScorer:
         missing: set[str] = set()
         parts = []
         for block in self._blocks:
-            values, grads = block.read(), block.read_grads()
+            values, grads = block.read()
             found = [
                 torch.zeros_like(value) if grad is None else grad
                 for value, grad in zip(values, grads, strict=True)

@@ -18,7 +18,7 @@ _COMPONENTS = {"lam": 0, "p": 1, "q": 0}
 class Block:
     """Factors of one role and shape: one live stack, or one tensor per matrix.
 
-    ``read`` returns the tensors, and ``read_grads`` their gradients, None where there is none.
+    ``read`` returns the tensors and their gradients, None where there is none.
     ``shape``: of all of them stacked, as this process holds them. ``rows``: how many components of
     each matrix are held, and ``first`` the first of them. ``width``: of the whole factor.
     ``last``: the last dimension is the width, else that before it.
@@ -32,8 +32,7 @@ class Block:
     last: bool
     device: torch.device
     dtype: torch.dtype
-    read: Callable[[], list[Tensor]]
-    read_grads: Callable[[], list[Tensor | None]]
+    read: Callable[[], tuple[list[Tensor], list[Tensor | None]]]
     shard: Shard | None = None
     stacked: bool = False
 
@@ -74,8 +73,7 @@ def blocks_of_stacks(
             last=True,
             device=values.device,
             dtype=values.dtype,
-            read=lambda: [values],
-            read_grads=lambda: [grads],
+            read=lambda: ([values], [grads]),
             stacked=True,
         )
 
@@ -102,22 +100,17 @@ def _block_of(role: object, layers: Mapping[str, RankedLayer], names: list[str])
     factor = getattr(layers[names[0]], role)
     local = local_part(factor)
 
-    def read_all() -> list[Tensor]:
-        return [getattr(layers[name], role) for name in names]
-
-    def read() -> list[Tensor]:
-        tensors = [local_part(tensor) for tensor in read_all()]
+    def read() -> tuple[list[Tensor], list[Tensor | None]]:
+        factors = [getattr(layers[name], role) for name in names]
+        tensors = [local_part(tensor) for tensor in factors]
         for name, tensor in zip(names, tensors, strict=True):
             if tensor.shape != local.shape:
                 raise BudgetError(
                     f"{role} of {name} has the shape {tuple(tensor.shape)}, but had "
                     f"{tuple(local.shape)} when the allocator was made; make a new one."
                 )
-        return tensors
-
-    def read_grads() -> list[Tensor | None]:
-        grads = [tensor.grad for tensor in read_all()]
-        return [None if grad is None else local_part(grad) for grad in grads]
+        grads = [tensor.grad for tensor in factors]
+        return tensors, [None if grad is None else local_part(grad) for grad in grads]
 
     component = _COMPONENTS[role]
     return Block(
@@ -130,7 +123,6 @@ def _block_of(role: object, layers: Mapping[str, RankedLayer], names: list[str])
         device=local.device,
         dtype=local.dtype,
         read=read,
-        read_grads=read_grads,
         shard=shard_of(factor, component, names[0]),
     )
 
@@ -156,6 +148,7 @@ class Arena:
         self.numel = sum(block.numel for block in blocks)
         self.products = self.zeros()
         self._parts = self.split(self.products)
+        self._places = [part.unbind() for part in self._parts]
 
     def zeros(self) -> Tensor:
         """Return a flat buffer."""
@@ -174,12 +167,12 @@ class Arena:
         """
         missing: set[str] = set()
         read: list[tuple[Tensor, Tensor, Tensor]] = []
-        for block, part in zip(self.blocks, self._parts, strict=True):
-            values, grads = block.read(), block.read_grads()
+        for block, part, places in zip(self.blocks, self._parts, self._places, strict=True):
+            values, grads = block.read()
             if block.stacked and grads[0] is not None:
                 _multiply_(part, values[0], grads[0])
                 continue
-            rows = zip(block.names, part.unbind(), values, grads, strict=True)
+            rows = zip(block.names, places, values, grads, strict=True)
             for name, place, value, grad in rows:
                 if grad is None:
                     missing.add(name)
@@ -187,9 +180,9 @@ class Arena:
                 else:
                     read.append((place, value, grad))
         if read:
-            places, factors, slopes = (list(tensors) for tensors in zip(*read, strict=True))
-            torch._foreach_copy_(places, slopes)
-            torch._foreach_mul_(places, factors)
+            targets, factors, slopes = (list(tensors) for tensors in zip(*read, strict=True))
+            torch._foreach_copy_(targets, slopes)
+            torch._foreach_mul_(targets, factors)
         return self.products.abs_(), missing
 
     def runs(self, missing: set[str]) -> list[slice]:
