@@ -1,8 +1,8 @@
 """Forward and backward of one layer against PEFT's and torchtune's, as ratios in one run.
 
-`nox -s bench_layers` runs it. PEFT and torchtune cannot be in one environment, so that there is a worker
-process for each, which holds their layer, ours and the bare base, and times them in turn. Cases and
-rounds alternate between the workers.
+`nox -s bench_layers` runs it. PEFT and torchtune cannot be in one environment, so that there is a
+worker process for each, which holds their layer, ours and the bare base, and times them in turn.
+Cases and rounds alternate between the workers.
 """
 
 import argparse
@@ -86,7 +86,8 @@ def report(
     lines = [
         "# Layers against PEFT's and torchtune's",
         "",
-        f"`nox -s bench_layers`: {TOKENS} tokens, square matrices, float32, one thread, {rounds} rounds.",
+        f"`nox -s bench_layers`: {TOKENS} tokens, square matrices, float32, one thread, "
+        f"{rounds} rounds.",
         "Each number is ours divided by theirs: below 1 ours needs less. Time: CPU seconds of",
         "forward and backward of the layer with its frozen base, the least of all rounds, since",
         "what else the machine does only adds. Overhead: the same, less that of the bare base.",

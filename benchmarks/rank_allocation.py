@@ -204,7 +204,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     found = table(options.layers, options.rounds)
-    print(found)  # noqa: T201
+    print(found)
     if options.write:
         options.write.write_text(found)
 
