@@ -1,5 +1,7 @@
 """The hypernetwork against its twin; what its attention and its embeddings tell apart."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from hyper_core import (
     Hypernetwork,
     MLPConfig,
 )
+from hyper_core.stacked import StackedLinear
 
 CONFIG = AttentionConfig(hidden=4, heads=2, feed_forward=5, layers=2)
 BODIES = {
@@ -201,6 +204,31 @@ def test_a_body_in_bfloat16_is_near_the_one_in_float32_and_gives_float32():
     assert 0 < error < 0.05
     narrow.sum().backward()
     assert {p.grad.dtype for p in network.parameters()} == {torch.float32}
+
+
+@dataclass(frozen=True)
+class PlainBody:
+    """A body of one's own: a linear map, wider than its input, and no norm after it."""
+
+    input_width: int = 4
+    output_width: int = 6
+
+    def build(self, networks):
+        return StackedLinear(networks, self.input_width, self.output_width)
+
+    def check_tokens(self, matrices, tokens):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_body_of_ones_own_needs_four_members(dtype):
+    network = Hypernetwork(SHAPES, PlainBody(), sharing="each", body_dtype=dtype)
+    stacks = [torch.randn(*shape) for shape in SHAPES]
+    written = network(stacks)
+    assert [tuple(part.shape) for part in written] == SHAPES
+    assert {part.dtype for part in written} == {torch.float32}
+    sum(part.sum() for part in written).backward()
+    assert network.trunk.body.weight.grad.abs().amax((1, 2)).min() > 0
 
 
 def test_a_surrounding_narrow_dtype_is_asked_for_at_construction():

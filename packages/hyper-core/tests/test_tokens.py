@@ -29,8 +29,8 @@ def test_tokens_hold_the_numbers_that_they_name(tokens):
 @pytest.mark.parametrize("output", ["free", "unit_rows", "unit_columns", "orthonormal"])
 @pytest.mark.parametrize("tokens", ["rows", "columns", "elements"])
 @pytest.mark.parametrize("norm", [1.0, 3.0])
-def test_tokens_reach_the_network_with_unit_norm(tokens, output, norm):
-    rows, columns = 8, 32
+@pytest.mark.parametrize(("rows", "columns"), [(8, 32), (32, 8)])
+def test_tokens_reach_the_network_with_unit_norm(tokens, output, norm, rows, columns):
     stack = torch.randn(500, rows, columns, dtype=torch.float64)
     if output == "free":
         vector = rows if tokens == "columns" else columns
@@ -40,7 +40,8 @@ def test_tokens_reach_the_network_with_unit_norm(tokens, output, norm):
     elif output == "unit_rows":
         stack *= norm / stack.norm(dim=-1, keepdim=True)
     else:
-        stack = norm * torch.linalg.qr(stack.mT)[0].mT
+        tall = torch.linalg.qr(stack.mT if rows < columns else stack)[0]
+        stack = norm * (tall.mT if rows < columns else tall)
     cut = to_tokens(stack, tokens) * Role(tokens, output, norm, False, "all").token_scale(
         rows, columns
     )
