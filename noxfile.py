@@ -74,6 +74,14 @@ def bench_core(session: nox.Session) -> None:
 
 
 @nox.session
+def bench_budget(session: nox.Session) -> None:
+    """Time rank-budget's allocation against PEFT's; writes benchmarks/results/rank-budget.md."""
+    install(session, "packages/rank-budget", "peft", "transformers")
+    results = "benchmarks/results/rank-budget.md"
+    session.run("python", "benchmarks/rank_allocation.py", "--write", results, *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format."""
     install(session, "ruff")

@@ -61,7 +61,7 @@ def train(model, inside, after_backward=lambda: None, score=None):
     factors = [p for p in inside.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(factors, lr=0.05)
     attach_(allocator, optimizer)
-    seen = []
+    seen: list = []
     for step in range(STEPS):
         optimizer.zero_grad()
         x = (
@@ -75,7 +75,7 @@ def train(model, inside, after_backward=lambda: None, score=None):
         optimizer.step()
         masks = {name: mask.tolist() for name, mask in allocator.masks().items()}
         scores = {name: part.tolist() for name, part in allocator.importance().items()}
-        seen.append([masks, scores])
+        seen.append([masks, scores, allocator.steps, allocator.skipped])
     return seen
 
 
@@ -97,6 +97,20 @@ def sharded():
     fully_shard(model, mesh=mesh)
     parts = {name: list(p.to_local().shape) for name, p in model[0].named_parameters()}
     return train(model, model), parts
+
+
+def not_finite():
+    """One gradient of the part that the last process holds is not finite, at the third step."""
+    model = build()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh)
+    steps = iter(range(STEPS))
+
+    def damage():
+        if next(steps) == 2 and dist.get_rank() == 1:
+            model[0].q.grad.to_local()[0, 0] = torch.nan
+
+    return [row[2:] for row in train(model, model, damage)]
 
 
 def replicated():
@@ -132,7 +146,7 @@ def refusal():
 def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    cases = (reference, ddp, sharded, replicated, refusal)
+    cases = (reference, ddp, sharded, not_finite, replicated, refusal)
     seen = {case.__name__: case() for case in cases}
     seen["sharded"], seen["parts"] = seen["sharded"]
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(seen))

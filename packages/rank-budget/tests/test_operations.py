@@ -112,4 +112,4 @@ def test_an_allocation_between_two_costs_nothing_but_the_averages(kit):
         allocator.step()
     found = {name: n for name, n in mode.operations.items() if name not in VIEWS}
     # λ, P of three widths and Q of two; then I, and two averages.
-    assert found == {"mul": 6, "abs_": 2, "lerp_": 2, "sub_": 1}
+    assert found == {"mul": 6, "abs_": 1, "lerp_": 2, "smooth_l1_loss": 1}

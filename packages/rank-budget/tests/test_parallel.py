@@ -31,7 +31,7 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("case", ["ddp", "sharded", "replicated"])
 def test_both_processes_have_identical_masks_and_scores(ranks, case):
     assert ranks[0][case] == ranks[1][case]
-    masks = [masks for masks, _ in ranks[0][case]]
+    masks = [row[0] for row in ranks[0][case]]
     live = [sum(map(sum, step.values())) for step in masks]
     assert live[0] == 10
     assert live[-1] == 3
@@ -39,10 +39,16 @@ def test_both_processes_have_identical_masks_and_scores(ranks, case):
 
 @pytest.mark.parametrize("case", ["ddp", "sharded", "replicated"])
 def test_two_processes_choose_as_one_with_the_whole_batch(ranks, case):
-    for (masks, scores), (one, expected) in zip(ranks[0][case], ranks[0]["reference"], strict=True):
-        assert masks == one
-        for name, values in expected.items():
-            np.testing.assert_allclose(scores[name], values, rtol=1e-3, atol=1e-9)
+    for found, expected in zip(ranks[0][case], ranks[0]["reference"], strict=True):
+        assert found[0] == expected[0]
+        assert found[2:] == expected[2:]
+        for name, values in expected[1].items():
+            np.testing.assert_allclose(found[1][name], values, rtol=1e-3, atol=1e-9)
+
+
+def test_a_part_that_is_not_finite_on_one_process_is_skipped_by_all(ranks):
+    assert ranks[0]["not_finite"] == ranks[1]["not_finite"]
+    assert ranks[0]["not_finite"][:3] == [[1, 0], [2, 0], [2, 1]]
 
 
 def test_each_process_held_a_part(ranks):

@@ -11,6 +11,7 @@ from rank_budget import (
     SmoothedSensitivity,
     Triplet,
 )
+from rank_budget.stacks import Arena
 
 
 def build(kit, names="abc", schedule=None, **options):
@@ -40,14 +41,15 @@ def test_a_module_without_a_gradient_keeps_its_ranks_and_averages_if_skipped(kit
     layers, allocator = build(kit, score=score, missing="skip")
     allocator.step()
     saved = allocator.state_dict()["score"]
-    before = [part.clone() for part in saved.get("uncertainty", [])]
+    averages = [*saved.get("sensitivity", []), *saved.get("uncertainty", [])]
+    before = [part.clone() for part in averages]
     ranks = allocator.ranks()["b"]
     for role in ("p", "lam", "q"):
         getattr(layers["b"], role).grad = None
     allocator.step()
     assert allocator.ranks()["b"] == ranks
     assert allocator.live_ranks == 5
-    for old, new in zip(before, saved.get("uncertainty", []), strict=True):
+    for old, new in zip(before, averages, strict=True):
         same = torch.zeros_like(new, dtype=torch.bool)
         for part, rank_width in zip(same.split([9, 36, 45]), (3, 12, 15), strict=True):
             part[rank_width : 2 * rank_width] = True
@@ -135,6 +137,21 @@ def test_tensors_of_one_matrix_on_two_devices_are_refused(kit):
     layer.q = layer.q.to("meta")
     text = kit.error_text(RankAllocator, {"a": layer}, ConstantBudget(3))
     assert text == "a has its p, lam and q on cpu and meta, expected one device."
+
+
+def test_factors_that_are_not_in_one_buffer_are_chosen_from_together(kit, monkeypatch):
+    """As on several devices: each block has flat buffers of its own."""
+    layers, whole = build(kit, score=SmoothedSensitivity())
+    split = "rank_budget.smoothing.arenas_of"
+    monkeypatch.setattr(split, lambda blocks: [Arena([block]) for block in blocks])
+    for layer in layers.values():
+        layer.rank_mask = layer.rank_mask.clone()
+    parts = RankAllocator(layers, FixedPruning(9, 3, 2, 1), score=SmoothedSensitivity())
+    assert len(parts.state_dict()["score"]["sensitivity"]) == 3
+    for _ in range(3):
+        assert parts.step() == whole.step()
+        torch.testing.assert_close(parts.importance(), whole.importance(), rtol=0, atol=0)
+    assert parts.live_ranks == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")

@@ -1,5 +1,6 @@
 """AdaLoRA's score: sensitivity and uncertainty of every number, averaged over the steps."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -75,9 +76,10 @@ class Averages:
     def is_finite(self) -> bool:
         """Return whether all that was read is finite; this reads the device."""
         # The largest, unlike a sum, is finite whenever all are.
-        return all(
+        finite = all(
             products.numel() == 0 or bool(products.amax().isfinite()) for products, _ in self._read
         )
+        return self._gather.agree(finite)
 
     def commit(self) -> None:
         """Move the averages towards what was read."""
@@ -89,7 +91,7 @@ class Averages:
             for run in runs:
                 step = products[run]
                 mean[run].lerp_(step, keep1)
-                spread[run].lerp_(step.sub_(mean[run]).abs_(), keep2)
+                spread[run].lerp_(_distance_(step, mean[run]), keep2)
         self._read = []
 
     def scores(self) -> Tensor:
@@ -141,6 +143,17 @@ class Averages:
             for arena in self._arenas
             for block in arena.blocks
         ]
+
+
+def _distance_(values: Tensor, others: Tensor) -> Tensor:
+    """Return |values − others|, in ``values``.
+
+    As a loss that is smooth below the smallest number only: one pass over memory, where a
+    difference and its magnitude are two, and memory is what a step waits for.
+    """
+    smallest = math.ulp(0.0)
+    torch.ops.aten.smooth_l1_loss.out(values, others, 0, smallest, out=values)
+    return values
 
 
 def _over_width(block: Block, values: Tensor) -> Tensor:

@@ -268,3 +268,11 @@ class Gather:
         shared = torch.where(self._sharded, scores, 0).sum(0)
         torch.distributed.all_reduce(shared, group=self._group)
         return shared + torch.where(self._sharded, 0, scores).sum(0)
+
+    def agree(self, finite: bool) -> bool:
+        """Return whether it is so on every process that holds a part."""
+        if self._sharded is None:
+            return finite
+        flag = torch.tensor(float(finite), device=self.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=self._group)
+        return bool(flag)
