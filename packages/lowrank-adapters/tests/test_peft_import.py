@@ -222,8 +222,16 @@ def test_merged_import_is_the_sum(kit, tmp_path):
             ": alora_invocation_tokens is set; adapters with it are not read here.",
         ),
         (LORA | {"lora_alpha": "8"}, ": lora_alpha is '8', expected a finite number."),
+        *(
+            (
+                ADALORA | {"init_r": value},
+                f": init_r is {value!r}, expected a whole number of at least 1.",
+            )
+            for value in (0, 2.5, True, None)
+        ),
         (LORA | {"lora_alpha": True}, ": lora_alpha is True, expected a finite number."),
         (LORA | {"lora_dropout": None}, ": lora_dropout is None, expected a finite number."),
+        (LORA | {"lora_alpha": 10**400}, ", expected a finite number."),
         ('{"peft_type": "LORA", "lora_alpha": NaN}', ": lora_alpha is nan, expected a finite"),
         (LORA | {"alpha_pattern": [1]}, ": alpha_pattern is [1], expected an object."),
         (LORA | {"alpha_pattern": {"q": "x"}}, ": q is 'x', expected a finite number."),
@@ -355,14 +363,20 @@ def without(tensors, *keys):
         (
             ADALORA,
             lambda _: adalora_tensors(2),
-            "layers.0.q_proj: rank_pattern has 3 live components of 3, but init_r is 3 and the "
-            "tensors have 2; save it with PEFT again.",
+            "layers.0.q_proj: the tensors have 2 components, but init_r is 3 and rank_pattern "
+            "says nothing of them; save it with PEFT again.",
+        ),
+        (
+            ADALORA | {"init_r": 10**18},
+            lambda _: adalora_tensors(2),
+            "layers.0.q_proj: the tensors have 2 components, but init_r is 1000000000000000000 "
+            "and rank_pattern says nothing of them; save it with PEFT again.",
         ),
         (
             ADALORA | {"rank_pattern": {f"{Q}.lora_E": [True, True]}},
             lambda _: adalora_tensors(2),
-            "layers.0.q_proj: rank_pattern has 2 live components of 2, but init_r is 3 and the "
-            "tensors have 2; save it with PEFT again.",
+            "layers.0.q_proj: the tensors have 2 components, but init_r is 3 and rank_pattern "
+            "says 2 of 2; save it with PEFT again.",
         ),
         (
             ADALORA,

@@ -1,10 +1,11 @@
 """What an ``adapter_config.json`` of PEFT says, as far as it changes the numbers."""
 
 import json
-import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, Literal
 
 from lowrank_adapters.errors import AdapterError
@@ -77,11 +78,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _parse(config: dict[str, Any]) -> PeftConfig:
     peft_type = config.get("peft_type")
     if peft_type not in ("LORA", "ADALORA"):
-        raise AdapterError(f"peft_type is {peft_type!r}; 'LORA' and 'ADALORA' are read here.")
+        raise AdapterError(f"peft_type is {shown(peft_type)}; 'LORA' and 'ADALORA' are read here.")
     start = config.get("init_lora_weights")
     if start not in _STARTS:
         raise AdapterError(
-            f"init_lora_weights is {start!r}, which changes the base's weights; convert the "
+            f"init_lora_weights is {shown(start)}, which changes the base's weights; convert the "
             "adapter with PEFT (path_initial_model_for_weight_conversion) and save it again."
         )
     for field in _OTHER_COMPUTATIONS:
@@ -89,7 +90,7 @@ def _parse(config: dict[str, Any]) -> PeftConfig:
             raise AdapterError(f"{field} is set; adapters with it are not read here.")
     adalora = peft_type == "ADALORA"
     alpha = _number(config, "lora_alpha", 8)
-    initial_rank = int(_number(config, "init_r", 12)) if adalora else 0
+    initial_rank = _rank(config, "init_r", 12) if adalora else 0
     return PeftConfig(
         kind="adalora" if adalora else "dora" if config.get("use_dora") else "lora",
         alpha=float(initial_rank) if adalora and alpha <= 0 else alpha,
@@ -104,9 +105,18 @@ def _parse(config: dict[str, Any]) -> PeftConfig:
 
 def _number(fields: dict[str, Any], name: str, default: float) -> float:
     value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterError(f"{name} is {value!r}, expected a finite number.")
-    return float(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Compared, not converted: a whole number may be too large for a float.
+    if is_number and abs(value) <= sys.float_info.max:
+        return float(value)
+    raise AdapterError(f"{name} is {shown(value)}, expected a finite number.")
+
+
+def _rank(fields: dict[str, Any], name: str, default: int) -> int:
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise AdapterError(f"{name} is {shown(value)}, expected a whole number of at least 1.")
+    return value
 
 
 def _alphas(config: dict[str, Any]) -> dict[re.Pattern[str], float]:
@@ -134,19 +144,21 @@ def _masks(config: dict[str, Any]) -> dict[str, list[bool]]:
     masks = _object(config, "rank_pattern")
     for name, mask in masks.items():
         if not isinstance(mask, list) or not all(isinstance(alive, bool) for alive in mask):
-            raise AdapterError(f"rank_pattern has {mask!r} for {name}, expected a list of bools.")
+            raise AdapterError(
+                f"rank_pattern has {shown(mask)} for {name}, expected a list of bools."
+            )
     return masks
 
 
 def _object(config: dict[str, Any], name: str) -> dict[str, Any]:
     value = config.get(name) or {}
     if not isinstance(value, dict):
-        raise AdapterError(f"{name} is {value!r}, expected an object.")
+        raise AdapterError(f"{name} is {shown(value)}, expected an object.")
     return value
 
 
 def _names(config: dict[str, Any], name: str) -> tuple[str, ...]:
     value = config.get(name) or []
     if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-        raise AdapterError(f"{name} is {value!r}, expected a list of names.")
+        raise AdapterError(f"{name} is {shown(value)}, expected a list of names.")
     return tuple(value)

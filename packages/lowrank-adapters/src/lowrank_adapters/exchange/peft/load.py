@@ -169,12 +169,15 @@ def _plan(name: str, config: PeftConfig, linear_map: Map, parts: Parts) -> _Plan
 
 def _adalora(name: str, config: PeftConfig, parts: Parts, dropout: float) -> _Plan:
     rank = config.initial_rank
-    mask = config.masks.get(f"{name}.{ADALORA_E}", [True] * rank)
     live = len(parts[ADALORA_E])
+    found = config.masks.get(f"{name}.{ADALORA_E}")
+    # As long as the tensors: init_r may be any number, and is compared before it is used.
+    mask = [True] * live if found is None else found
     if (len(mask), sum(mask)) != (rank, live):
+        said = "nothing of them" if found is None else f"{sum(mask)} of {len(mask)}"
         raise AdapterError(
-            f"rank_pattern has {sum(mask)} live components of {len(mask)}, but init_r is {rank} "
-            f"and the tensors have {live}; save it with PEFT again."
+            f"the tensors have {live} components, but init_r is {rank} and rank_pattern says "
+            f"{said}; save it with PEFT again."
         )
     make = SVD(rank, config.alpha * rank / (rank + ADALORA_EPSILON), dropout=dropout)
     factors = {"q": parts[ADALORA_A], "lam": parts[ADALORA_E].flatten(), "p": parts[ADALORA_B]}
