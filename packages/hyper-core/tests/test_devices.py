@@ -3,10 +3,25 @@
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyper_core import AttentionConfig, GeneratedParameters
 
 CONFIG = AttentionConfig(hidden=4, heads=2, feed_forward=5)
+
+
+class Crossings(TorchDispatchMode):
+    """The devices that tensors are copied to from another."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ == "_to_copy" and result.device != args[0].device:
+            self.devices.append(str(result.device))
+        return result
 
 
 def test_values_and_gradients_cross_between_accelerators(monkeypatch):
@@ -14,11 +29,14 @@ def test_values_and_gradients_cross_between_accelerators(monkeypatch):
     # Fake tensors cannot be moved by Module.to; the hypernetworks are already where they belong.
     monkeypatch.setattr(GeneratedParameters, "to", lambda self, *_: self)
     with FakeTensorMode():
-        leaves = [nn.Parameter(torch.randn(3, 4, device=d)) for d in ("cpu", "cuda:0", "cuda:1")]
+        devices = ("cpu", "cuda:0", "cuda:1", "cuda:1", "cuda:1")
+        leaves = [nn.Parameter(torch.randn(3, 4, device=device)) for device in devices]
         generated = GeneratedParameters({"p": leaves}, config=CONFIG)
         assert [str(g.device) for g in generated.groups] == ["cpu", "cuda:0", "cuda:1"]
-        assert [g.positions for g in generated.groups] == [(0,), (1,), (2,)]
-        generated.refresh()
+        assert [g.positions for g in generated.groups] == [(0,), (1,), (2, 3, 4)]
+        with Crossings() as crossed:
+            generated.refresh()
+        assert crossed.devices == ["cuda:0", "cuda:1"]  # once each, however many leaves
         for leaf in leaves:
             leaf.grad = torch.ones_like(leaf)
         generated.backward()

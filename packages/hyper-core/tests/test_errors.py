@@ -277,6 +277,15 @@ def test_backward_and_commit_serve_one_refresh_each():
     assert text_of(generated.commit) == COMMIT_WITHOUT_REFRESH
 
 
+def test_commit_ends_a_refresh_that_had_no_backward():
+    weight = leaf()
+    generated = GeneratedParameters({"p": [weight]}, config=CONFIG)
+    generated.refresh()
+    weight.sum().backward()
+    generated.commit()
+    assert text_of(generated.backward) == BACKWARD_WITHOUT_REFRESH
+
+
 def test_discard_ends_a_refresh():
     generated = GeneratedParameters({"p": [leaf()]}, config=CONFIG)
     generated.refresh()
