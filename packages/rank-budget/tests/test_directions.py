@@ -38,6 +38,12 @@ def layers_of(kit, *, mask, shapes=((4, 5, 6), (3, 6, 5))):
     }
 
 
+def assert_scores(allocator, scores):
+    found = allocator.importance()
+    for (name, i), score in scores.items():
+        assert found[name][i].item() == pytest.approx(score, rel=1e-4)
+
+
 @pytest.mark.parametrize("mask", [True, False])
 def test_regrowth_is_adaloras_rule_step_by_step(twin, kit, mask):
     layers = layers_of(kit, mask=mask)
@@ -64,6 +70,7 @@ def test_regrowth_is_adaloras_rule_step_by_step(twin, kit, mask):
             alive = twin.prune(scores, components, 7 - schedule.live_ranks(step))
             returned |= alive - before
             assert (done.pruned, done.grown) == (len(before - alive), len(alive - before))
+            assert_scores(allocator, scores)
         masks = allocator.masks()
         assert {(n, i) for n, m in masks.items() for i in m.nonzero()[:, 0].tolist()} == alive
         for name, layer in layers.items():

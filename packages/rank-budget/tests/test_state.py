@@ -1,6 +1,7 @@
 """A resumed allocator goes on as the uninterrupted one; a state of another is refused."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ STEPS = 8
 PRUNING = CubicBudget(7, 2, total_steps=STEPS, warmup=1, cooldown=2)
 CASES = {
     "prune": (PRUNING, SmoothedSensitivity()),
-    "regrow": (PRUNING, SmoothedSensitivity()),
+    "regrow": (replace(PRUNING, interval=3), SmoothedSensitivity(0.3, 0.3)),
     "grow": (FixedGrowth(2, 6, 1, 2), NormShare()),
 }
 
@@ -150,6 +151,11 @@ def test_a_state_of_other_matrices_is_refused_and_changes_nothing(kit):
     state["alive"] = state["alive"][:3]
     assert kit.error_text(allocator.load_state_dict, state) == (
         "the saved masks have 3 components, but the matrices have 7; the state is damaged."
+    )
+    state = make("prune", layers_of()).state_dict()
+    state["alive"] = state["alive"].logical_not()
+    assert kit.error_text(allocator.load_state_dict, state) == (
+        "the saved masks have 0 live components, but the budget was 7; the state is damaged."
     )
     torch.testing.assert_close(allocator.masks(), before)
     assert allocator.steps == 3

@@ -13,8 +13,8 @@ from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices
 from rank_budget.plan import Direction, Plan, costs_of
 from rank_budget.record import (
     Allocation,
+    check_alive,
     check_same,
-    check_size,
     history_from,
     history_state,
     stats_of,
@@ -135,11 +135,7 @@ class RankAllocator:
         return alive, parts
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Tell the schedule the length of the training, before the first step.
-
-        Raises:
-            BudgetError: it was made for another length, or does not end in time.
-        """
+        """Tell the schedule the length of the training, before the first step; see the class."""
         self._plan.set_total_steps(total_steps)
 
     @property
@@ -288,7 +284,7 @@ class RankAllocator:
         """
         here = [[name, rank] for name, rank in self._roster.ranks.items()]
         check_same(state["matrices"], here, "(name, rank)")
-        check_size(state["alive"], self._alive)
+        check_alive(state["alive"], self._alive, state["budget"] if self._layout.even else None)
         self._scorer.load_state_dict(state["score"])
         self._alive = state["alive"].to(self._alive.device).clone()
         self._changed = state["changed"].to(self._alive.device).clone()
@@ -297,4 +293,6 @@ class RankAllocator:
         self._live = int(self._alive.sum())
         self.history = history_from(state["history"], self._alive.device)
         self._scored, self._pending = False, None
-        self._apply(written=True)
+        # In regrowth λ of what fell has learned on, and is the model's to restore.
+        if self._plan.direction != "regrow" or self.dead_stay_dead():
+            self._apply(written=True)

@@ -108,10 +108,16 @@ def check_same(saved: Sequence[Sequence[Any]], here: Sequence[Sequence[Any]], wh
             )
 
 
-def check_size(saved: Tensor, here: Tensor) -> None:
-    """Refuse masks of another number of components than the matrices have."""
+def check_alive(saved: Tensor, here: Tensor, expected: int | None) -> None:
+    """Refuse masks of another size than here, or with another number alive than ``expected``."""
     if len(saved) != len(here):
         raise BudgetError(
             f"the saved masks have {len(saved)} components, but the matrices have {len(here)}; "
             "the state is damaged."
+        )
+    live = int(saved.sum())
+    if expected is not None and live != expected:
+        raise BudgetError(
+            f"the saved masks have {live} live components, but the budget was {expected}; the "
+            "state is damaged."
         )
