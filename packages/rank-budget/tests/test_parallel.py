@@ -38,6 +38,12 @@ def test_both_processes_have_identical_masks_and_scores(ranks, case):
 
 
 @pytest.mark.parametrize("case", ["ddp", "sharded", "replicated"])
+def test_without_a_mask_exactly_what_is_pruned_is_zero(ranks, case):
+    for masks, *_, zero in ranks[0][case]:
+        assert zero == [not alive for alive in masks["2"]]
+
+
+@pytest.mark.parametrize("case", ["ddp", "sharded", "replicated"])
 def test_two_processes_choose_as_one_with_the_whole_batch(ranks, case):
     for found, expected in zip(ranks[0][case], ranks[0]["reference"], strict=True):
         assert found[0] == expected[0]
