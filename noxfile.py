@@ -11,14 +11,17 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
 PACKAGES = ("hyper-core", "lowrank-adapters", "rank-budget", "hyper-tune")
 ALL = [f"packages/{name}" for name in PACKAGES]
-EVERYTHING = [*ALL[:2], f"{ALL[2]}[plot]", f"{ALL[3]}[torchtune]"]
+EVERYTHING = [ALL[0], f"{ALL[1]}[gguf]", f"{ALL[2]}[plot]", f"{ALL[3]}[torchtune]"]
 TEST_TOOLS = ["pytest", "hypothesis"]
 
 # What each set of tests needs beside TEST_TOOLS. A package is tested without its siblings, as it
 # is installed elsewhere; PEFT and torchtune are never in one environment.
 SUITES = {
     "hyper-core": (["packages/hyper-core"], ["packages/hyper-core/tests"]),
-    "lowrank-adapters": (["packages/lowrank-adapters"], ["packages/lowrank-adapters/tests"]),
+    "lowrank-adapters": (
+        ["packages/lowrank-adapters[gguf]", "torchao"],
+        ["packages/lowrank-adapters/tests"],
+    ),
     "rank-budget": (["packages/rank-budget[plot]"], ["packages/rank-budget/tests"]),
     "hyper-tune": (
         [*ALL[:3], f"{ALL[3]}[torchtune,hf]", "psutil"],
@@ -51,10 +54,31 @@ def quickstart(session: nox.Session) -> None:
 
 
 @nox.session(reuse_venv=True)
+def bench_layers(session: nox.Session) -> None:
+    """Measure the layers against PEFT's and torchtune's, into benchmarks/results/."""
+    install(session, "packages/lowrank-adapters", "torchtune", "torchao")
+    peft = Path(session.create_tmp()) / "peft"
+    session.run("python", "-m", "venv", str(peft))
+    python = str(peft / "bin" / "python")
+    needs = ("packages/lowrank-adapters", "peft")
+    session.run(python, "-m", "pip", "install", "-q", *CONSTRAINTS, *needs, external=True)
+    output = ("--output", "benchmarks/results/layers.md")
+    session.run("python", "benchmarks/layers.py", "--peft", python, *output, *session.posargs)
+
+
+@nox.session(reuse_venv=True)
 def bench_core(session: nox.Session) -> None:
     """Time hyper-core's step; arguments of benchmarks/bench_hyper_core.py may follow `--`."""
     install(session, "packages/hyper-core")
     session.run("python", "benchmarks/bench_hyper_core.py", *session.posargs)
+
+
+@nox.session
+def bench_budget(session: nox.Session) -> None:
+    """Time rank-budget's allocation against PEFT's; writes benchmarks/results/rank-budget.md."""
+    install(session, "packages/rank-budget", "peft", "transformers")
+    results = "benchmarks/results/rank-budget.md"
+    session.run("python", "benchmarks/rank_allocation.py", "--write", results, *session.posargs)
 
 
 @nox.session

@@ -55,23 +55,55 @@ def _component(name: str, vocabulary: int, **more: Any) -> dict[str, Any]:
     }
 
 
+def _save_llama_tokenizer(folder: Path) -> tuple[dict[str, Any], int]:
+    ranks = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
+    (folder / "tokenizer.model").write_text("\n".join(ranks) + "\n")
+    vocabulary = _save_special_tokens(folder, list(SPECIAL_TOKENS))
+    component = {
+        "_component_": "torchtune.models.llama3.llama3_tokenizer",
+        "path": str(folder / "tokenizer.model"),
+        "special_tokens_path": str(folder / "special_tokens.json"),
+    }
+    return component, vocabulary
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The configuration of a Llama of 30 thousand random weights with a byte tokenizer."""
     folder = tmp_path_factory.mktemp("llama")
-    ranks = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
-    (folder / "tokenizer.model").write_text("\n".join(ranks) + "\n")
-    vocabulary = _save_special_tokens(folder, list(SPECIAL_TOKENS))
+    tokenizer, vocabulary = _save_llama_tokenizer(folder)
     hf = LlamaConfig(**_hf_config(vocabulary, 0), rms_norm_eps=1e-5, rope_theta=500_000.0)
     LlamaForCausalLM(hf).save_pretrained(folder)
     return {
         "model": _component("torchtune.models.llama3.llama3", vocabulary),
-        "tokenizer": {
-            "_component_": "torchtune.models.llama3.llama3_tokenizer",
-            "path": str(folder / "tokenizer.model"),
-            "special_tokens_path": str(folder / "special_tokens.json"),
-        },
+        "tokenizer": tokenizer,
         "checkpointer": _checkpointer(folder, "LLAMA3"),
+    }
+
+
+@pytest.fixture(scope="session")
+def llama3_2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same of a Llama 3.2, with one table of embeddings for input and output, and its rotation.
+
+    Of a head's four rotations, one is slowed 32 times, one less, two not at all.
+    """
+    folder = tmp_path_factory.mktemp("llama3_2")
+    tokenizer, vocabulary = _save_llama_tokenizer(folder)
+    rotation = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    keys = {**_hf_config(vocabulary, 2), "tie_word_embeddings": True}
+    hf = LlamaConfig(**keys, rms_norm_eps=1e-5, rope_parameters=rotation)
+    LlamaForCausalLM(hf).save_pretrained(folder)
+    return {
+        "model": _component("torchtune.models.llama3_2.llama3_2", vocabulary),
+        "tokenizer": tokenizer,
+        "checkpointer": _checkpointer(folder, "LLAMA3_2"),
     }
 
 

@@ -14,7 +14,7 @@ from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.settings import RecipeSettings
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen"])
+@pytest.mark.parametrize("family", ["llama", "llama3_2", "qwen"])
 def test_exported_lora_gives_the_training_models_logits(
     tmp_path: Path,
     make_config: Callable[..., Path],

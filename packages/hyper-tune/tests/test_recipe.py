@@ -10,14 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from torchtune.data import Message
+
+from hyper_tune.torchtune.recipe import FineTuning
+from hyper_tune.torchtune.settings import RecipeSettings
 
 TUNE = Path(sys.executable).with_name("tune")
+FILE_DATASET = "hyper_tune.torchtune.data.file_dataset"
 SGD = {"_component_": "torch.optim.SGD", "lr": 0.05}
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
 
 
 def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -34,25 +44,63 @@ def tune(config: Path, ranks: int, *overrides: str) -> None:
     assert finished.returncode == 0, finished.stderr
 
 
+@torch.no_grad()
+def write_quiz(config: Path, path: Path) -> None:
+    """Write five questions, the first three with the answers that the base gives."""
+    rows = []
+    with FineTuning(RecipeSettings.from_config(OmegaConf.load(config))) as run:
+        for number in range(20):
+            asked = [
+                Message(role="user", content=f"What is {number}?"),
+                Message(role="assistant", content=""),
+            ]
+            tokens = run.tokenizer({"messages": asked}, inference=True)["tokens"]
+            for _ in range(3):
+                logits = torch.cat(run.model(torch.tensor([tokens])), dim=1)
+                tokens = [*tokens, int(logits[0, -1].argmax())]
+            if max(tokens[-3:]) < 256:  # bytes, not special tokens
+                answer = bytes(tokens[-3:]).decode(errors="replace")
+                rows.append({"question": f"What is {number}?", "answer": answer})
+    for row in rows[3:]:
+        row["answer"] = "no"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
+
+
 @pytest.mark.parametrize(
-    ("batch_size", "accumulation", "ranks", "checkpointing"),
-    [(1, 4, 1, False), (2, 2, 1, True), (2, 1, 2, False), (1, 2, 2, True)],
+    ("family", "batch_size", "accumulation", "ranks", "checkpointing"),
+    [
+        ("llama", 1, 4, 1, False),
+        ("llama", 2, 2, 1, True),
+        ("llama3_2", 2, 1, 2, False),
+        ("llama", 1, 2, 2, True),
+    ],
 )
-def test_any_split_of_the_same_samples_trains_alike(
+def test_any_split_of_the_same_samples_trains_and_evaluates_alike(
     tmp_path: Path,
     make_config: Callable[..., Path],
     run: Callable[..., None],
+    request: pytest.FixtureRequest,
+    family: str,
     batch_size: int,
     accumulation: int,
     ranks: int,
     checkpointing: bool,
 ) -> None:
+    quiz = tmp_path / "quiz.jsonl"
+    keys: dict[str, Any] = {
+        **request.getfixturevalue(family),
+        "optimizer": SGD,
+        "max_steps": 5,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "save_every_n_steps": 5,
+    }
+    write_quiz(make_config(**keys), quiz)
+    # Five samples are an odd number of batches, of which two ranks have unequal shares.
     config = make_config(
-        optimizer=SGD,
-        max_steps=5,
-        batch_size=4,
-        gradient_accumulation_steps=1,
-        save_every_n_steps=5,
+        **keys,
+        dataset_val={"_component_": FILE_DATASET, "path": str(quiz)},
+        exact_match={"path": str(quiz), "max_new_tokens": 3},
     )
     whole, split = tmp_path / "whole", tmp_path / "split"
     run(config, f"output_dir={whole}")
@@ -75,6 +123,14 @@ def test_any_split_of_the_same_samples_trains_alike(
         torch.testing.assert_close(
             found_state[name], expected_tensor, rtol=1e-4, atol=1e-5, msg=name
         )
+    expected, found = summary(whole), summary(split)
+    assert expected["before"]["exact_match"] == 3 / 5
+    for when in ("before", "after"):
+        assert found[when] == pytest.approx(expected[when], rel=2e-5)
+    for figures in (expected, found):
+        for key in ("before", "after", "seconds_per_step", "peak_memory_mib", "adapter"):
+            del figures[key]
+    assert found == expected
 
 
 def test_every_step_logs_its_figures(

@@ -38,6 +38,38 @@ def svd_linear(x, weight, bias, p, lam, q, mask, scaling):
     return torch.stack(y)
 
 
+def dora_linear(x, weight, bias, a, b, magnitude, scaling, *, detach_norm):
+    """One vector x (in): bias + m · V x / ‖V‖ by row, with V = W + s · B A."""
+    y = []
+    for o in range(weight.shape[0]):
+        row = weight[o]
+        for k in range(len(a)):
+            row = row + scaling * b[o, k] * a[k]
+        norm = dot(row, row).sqrt()
+        y.append(bias[o] + magnitude[o] * dot(row, x) / (norm.detach() if detach_norm else norm))
+    return torch.stack(y)
+
+
+def patches(x, kernel, stride, padding, dilation):
+    """Each patch of an image x (channels, height, width), in the order of the output: (in,)."""
+    channels, height, width = x.shape
+    zero = torch.zeros((), dtype=x.dtype)
+    found = []
+    for top in range(-padding[0], height + padding[0] - dilation[0] * (kernel[0] - 1), stride[0]):
+        for left in range(
+            -padding[1], width + padding[1] - dilation[1] * (kernel[1] - 1), stride[1]
+        ):
+            patch = []
+            for c in range(channels):
+                for i in range(kernel[0]):
+                    for j in range(kernel[1]):
+                        row, column = top + i * dilation[0], left + j * dilation[1]
+                        inside = 0 <= row < height and 0 <= column < width
+                        patch.append(x[c, row, column] if inside else zero)
+            found.append(torch.stack(patch))
+    return found
+
+
 def update_matrix(p, lam, q, mask, scaling):
     """s · P diag(mask · λ) Q, element by element."""
     update = torch.zeros(p.shape[0], q.shape[1], dtype=torch.float64)
@@ -58,6 +90,19 @@ def orthogonality(pairs):
                 for j in range(len(rows)):
                     total = total + (dot(rows[i], rows[j]) - (1 if i == j else 0)) ** 2
     return total / len(pairs)
+
+
+def orthogonality_of_adalora(pairs):
+    """The mean of ‖A Aᵀ − I‖_F over all Pᵀ and Q, as AdaLoRA's code has it."""
+    norms = []
+    for p, q in pairs:
+        for rows in (p.T, q):
+            squares = 0
+            for i in range(len(rows)):
+                for j in range(len(rows)):
+                    squares = squares + (dot(rows[i], rows[j]) - (1 if i == j else 0)) ** 2
+            norms.append(squares.sqrt())
+    return sum(norms) / len(norms)
 
 
 class Block(nn.Module):
@@ -134,8 +179,11 @@ def _seed():
 @pytest.fixture(scope="session")
 def twin():
     return SimpleNamespace(
+        dora_linear=dora_linear,
         lora_linear=lora_linear,
         orthogonality=orthogonality,
+        orthogonality_of_adalora=orthogonality_of_adalora,
+        patches=patches,
         svd_linear=svd_linear,
         update_matrix=update_matrix,
     )

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-FORBIDDEN = ("hyper_core", "rank_budget", "hyper_tune", "peft", "transformers", "torchtune")
+FORBIDDEN = ("hyper_core", "rank_budget", "hyper_tune", "peft", "transformers", "torchtune", "gguf")
 
 
 def forbidden_after(statement, cwd):

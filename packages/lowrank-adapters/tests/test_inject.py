@@ -1,5 +1,8 @@
 """Which layers are adapted, in what order, and that a refusal changes nothing."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +11,10 @@ from lowrank_adapters import SVD, LoRA, freeze_base_, inject_adapters_, inside_a
 
 BLOCK = ("q_proj", "v_proj", "mlp.w1", "mlp.w2")
 ALL = [f"layers.{i}.{name}" for i in (0, 1) for name in BLOCK]
-KINDS = "the model has output, q_proj, v_proj, w1, w2."
+NOTHING = "matches no module that can be adapted;"
+KINDS = "the model has embedding, output, q_proj, v_proj, w1, w2."
+
+NEAR_Q = rf"'re:layers\\.0\\.q_pro' {NOTHING} did you mean q_proj or v_proj? {KINDS}"
 
 
 def text_and_unchanged(kit, model, *args, **options):
@@ -35,6 +41,10 @@ def text_and_unchanged(kit, model, *args, **options):
         (["?_proj"], ("v_proj",), ["layers.0.q_proj", "layers.1.q_proj"]),
         (["output"], (), ["output"]),
         (["q_proj", "*.q_proj", "layers.0.q_proj"], ("1.q_proj",), ["layers.0.q_proj"]),
+        (r"re:layers\.\d+\.[qv]_proj", "re:.*1.*", ["layers.0.q_proj", "layers.0.v_proj"]),
+        (re.compile(r"LAYERS\.0\.q.*", re.IGNORECASE), (), ["layers.0.q_proj"]),
+        (["embedding", re.compile(r"layers\.1\.mlp\.w1")], (), ["embedding", "layers.1.mlp.w1"]),
+        (["all-linear", "embedding"], "layers.*", ["embedding"]),
     ],
 )
 def test_names_choose_layers_in_model_order(kit, targets, exclude, expected):
@@ -47,7 +57,8 @@ def test_names_choose_layers_in_model_order(kit, targets, exclude, expected):
         assert layer.base is bases[name]
     others = {n for n, m in model.named_modules() if type(m) is nn.Linear}
     everything = {"output", *ALL}
-    assert others == {f"{n}.base" for n in expected} | (everything - set(expected))
+    adapted = {f"{n}.base" for n in expected if n != "embedding"}
+    assert others == adapted | (everything - set(expected))
 
 
 def test_a_suffix_begins_at_a_dot(kit):
@@ -55,9 +66,107 @@ def test_a_suffix_begins_at_a_dot(kit):
     assert list(inject_adapters_(model, LoRA(rank=1, alpha=1.0), ["p_proj"])) == ["p_proj"]
 
 
-def test_all_linear_leaves_out_heads_of_both_names():
-    model = nn.ModuleDict({n: nn.Linear(2, 2) for n in ("lm_head", "output", "output_proj")})
-    assert list(inject_adapters_(model, LoRA(rank=1, alpha=1.0))) == ["output_proj"]
+def test_rank_and_alpha_are_of_the_first_pattern_that_stands_for_a_module(kit):
+    layers = inject_adapters_(
+        kit.Decoder(),
+        SVD(rank=2, alpha=4.0),
+        ["q_proj", "w1", "w2"],
+        rank_pattern={"0.q_proj": 1, "q_proj": 3, "re:.*0\\..*": 4},
+        alpha_pattern={"layers.1.*": 9.0},
+    )
+    assert {name: (layer.rank, layer.alpha) for name, layer in layers.items()} == {
+        "layers.0.q_proj": (1, 4.0),
+        "layers.0.mlp.w1": (4, 4.0),
+        "layers.0.mlp.w2": (4, 4.0),
+        "layers.1.q_proj": (3, 9.0),
+        "layers.1.mlp.w1": (2, 9.0),
+        "layers.1.mlp.w2": (2, 9.0),
+    }
+    assert {type(layer).__name__ for layer in layers.values()} == {"SVDLinear"}
+    assert layers["layers.0.q_proj"].scaling == 4.0
+
+
+def test_maker_that_is_no_dataclass_cannot_take_patterns(kit):
+    class Plain:
+        def build(self, base, *, device, dtype):
+            return LoRA(rank=1, alpha=1.0).build(base, device=device, dtype=dtype)
+
+    assert len(inject_adapters_(kit.Decoder(), Plain(), "q_proj")) == 2
+    options = {"rank_pattern": {"q_proj": 2}}
+    assert text_and_unchanged(kit, kit.Decoder(), Plain(), **options) == (
+        "Plain is no dataclass, so that rank_pattern and alpha_pattern cannot change it; give one "
+        "maker with one rank and alpha."
+    )
+
+
+def test_all_linear_leaves_out_heads():
+    heads = ("lm_head", "output", "classifier", "score", "head")
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in (*heads, "output_proj")})
+    model["encoder"] = nn.ModuleDict({"output": nn.ModuleDict({"dense": nn.Linear(2, 2)})})
+    model["classifier"] = nn.ModuleDict({"dense": nn.Linear(2, 2)})
+    found = list(inject_adapters_(model, LoRA(rank=1, alpha=1.0)))
+    assert found == ["output_proj", "encoder.output.dense"]
+    block = nn.ModuleDict({"output": nn.ModuleDict({"dense": nn.Linear(2, 2)})})
+    assert list(inject_adapters_(block, LoRA(rank=1, alpha=1.0))) == ["output.dense"]
+
+
+def test_all_linear_leaves_out_what_the_model_says_is_its_head(kit):
+    model = kit.Decoder()
+    model.get_output_embeddings = lambda: model.layers[1].v_proj
+    found = inject_adapters_(model, LoRA(rank=1, alpha=1.0))
+    assert list(found) == [name for name in ALL if name != "layers.1.v_proj"]
+
+
+def test_all_linear_is_every_kind_of_linear_layer_and_no_container():
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nf, self.weight = 3, nn.Parameter(torch.randn(2, 3))
+
+    class Packed(nn.Module):
+        in_features, out_features = 2, 3
+
+    container = nn.Sequential(nn.Linear(2, 2))
+    container.in_features, container.out_features = 2, 2
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(2, 3),
+            "conv1d": Conv1D(),
+            "packed": Packed(),
+            "container": container,
+            "convolution": nn.Conv1d(2, 3, 1),
+            "embedding": nn.Embedding(4, 3),
+            "norm": nn.LayerNorm(3),
+        }
+    )
+    make = LoRA(rank=1, alpha=1.0)
+    assert list(inject_adapters_(model, make)) == ["linear", "conv1d", "packed", "container.0"]
+
+
+def test_attention_of_torch_never_calls_its_output_projection(kit):
+    model = nn.TransformerEncoderLayer(4, 2, dim_feedforward=6)
+    make = LoRA(rank=1, alpha=1.0)
+    assert text_and_unchanged(kit, model, make, ["out_proj"]) == (
+        "self_attn.out_proj: it is the output projection of a MultiheadAttention, which reads its "
+        "weight and never calls it; exclude it."
+    )
+    assert list(inject_adapters_(model, make)) == ["linear1", "linear2"]
+
+
+def test_factors_are_made_where_each_base_is():
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("meta_", "other", "here")})
+    model["meta_"].to("meta")
+    elsewhere = SimpleNamespace(is_meta=False, device=torch.device("cuda", 1))
+    model["other"].parameters = lambda: iter([elsewhere])
+    seen = []
+
+    class Recording:
+        def build(self, base, *, device, dtype):
+            seen.append(str(device))
+            return LoRA(rank=1, alpha=1.0).build(base, device="cpu", dtype=dtype)
+
+    inject_adapters_(model, Recording())
+    assert seen == ["cpu", "cuda:1", "cpu"]
 
 
 @pytest.mark.parametrize("make", [LoRA(rank=2, alpha=4.0), SVD(rank=2, alpha=4.0)])
@@ -67,6 +176,14 @@ def test_injected_model_starts_as_the_plain_one(kit, make):
     expected = model(tokens)
     inject_adapters_(model, make)
     assert torch.equal(model(tokens), expected)
+
+
+def test_layers_are_in_training_where_their_base_is(kit):
+    model = kit.Decoder()
+    model.layers[1].eval()
+    layers = inject_adapters_(model, LoRA(rank=2, alpha=4.0, dropout=0.5), "q_proj")
+    assert [layer.training for layer in layers.values()] == [True, False]
+    assert [layer.base.training for layer in layers.values()] == [True, False]
 
 
 def test_base_on_the_meta_device_takes_factors_elsewhere(kit):
@@ -88,23 +205,51 @@ def test_base_on_the_meta_device_takes_factors_elsewhere(kit):
     [
         (
             {"targets": ["q_prj"]},
-            f"'q_prj' matches no linear layer; did you mean q_proj or v_proj? {KINDS}",
+            f"'q_prj' {NOTHING} did you mean q_proj or v_proj? {KINDS}",
         ),
         (
             {"targets": ["layers.0.r_proj"]},
-            "'layers.0.r_proj' matches no linear layer; did you mean v_proj or q_proj? " + KINDS,
+            f"'layers.0.r_proj' {NOTHING} did you mean v_proj or q_proj? {KINDS}",
         ),
-        ({"targets": ["embedding"]}, f"'embedding' matches no linear layer; {KINDS}"),
-        ({"targets": ["q_proj", "zzz"]}, f"'zzz' matches no linear layer; {KINDS}"),
+        ({"targets": ["layers"]}, f"'layers' {NOTHING} {KINDS}"),
+        ({"targets": ["q_proj", "zzz"]}, f"'zzz' {NOTHING} {KINDS}"),
         (
             {"exclude": ["mlp.w1x"]},
-            f"'mlp.w1x' matches no linear layer; did you mean w1? {KINDS}",
+            f"'mlp.w1x' {NOTHING} did you mean w1? {KINDS}",
         ),
         (
             {"targets": ["q_proj"], "exclude": ["*_proj"]},
-            f"no linear layer is left to adapt; {KINDS}",
+            f"no module is left to adapt; {KINDS}",
         ),
-        ({"targets": []}, f"no linear layer is left to adapt; {KINDS}"),
+        (
+            {"targets": "re:.*q_prj"},
+            f"'re:.*q_prj' {NOTHING} did you mean q_proj or v_proj? {KINDS}",
+        ),
+        (
+            {"targets": [re.compile("q_proj")]},
+            f"'re:q_proj' {NOTHING} did you mean q_proj or v_proj? {KINDS}",
+        ),
+        ({"targets": r"re:layers\.0\.q_pro"}, NEAR_Q),
+        (
+            {"targets": "re:(q"},
+            "'re:(q' is no regular expression: missing ), unterminated subpattern at position 0.",
+        ),
+        (
+            {"targets": ["q_proj", "w1"], "rank_pattern": {"q_prj": 1}},
+            "rank_pattern: 'q_prj' matches no adapted module; did you mean q_proj? "
+            "adapted are q_proj, w1.",
+        ),
+        (
+            {"targets": ["q_proj", "w1"], "alpha_pattern": {"w1": 2.0, "v_proj": 1.0}},
+            "alpha_pattern: 'v_proj' matches no adapted module; did you mean q_proj? "
+            "adapted are q_proj, w1.",
+        ),
+        (
+            {"rank_pattern": {"v_proj": 9}},
+            "layers.0.v_proj: rank is 9, but the matrix is 3 x 5; choose a rank of 1 to 3, or "
+            "exclude the module.",
+        ),
+        ({"targets": []}, f"no module is left to adapt; {KINDS}"),
     ],
 )
 def test_names_that_match_nothing(kit, options, text):
@@ -113,7 +258,7 @@ def test_names_that_match_nothing(kit, options, text):
 
 def test_model_without_linear_layers(kit):
     text = kit.error_text(inject_adapters_, nn.Sequential(nn.ReLU()), LoRA(rank=1, alpha=1.0))
-    assert text == "no linear layer is left to adapt; the model has none."
+    assert text == "no module is left to adapt; the model has none."
 
 
 def test_rank_that_does_not_fit_names_the_module(kit):

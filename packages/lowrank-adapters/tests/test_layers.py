@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_adapters import SVD, AdapterError, LoRA, LoRALinear, LowRankLinear, SVDLinear
+from lowrank_adapters import (
+    SVD,
+    AdapterError,
+    DoRA,
+    DyLoRA,
+    LoRA,
+    LoRALinear,
+    LowRankLinear,
+    SVDLinear,
+)
 
 MASK = torch.tensor([True, False, True, True])
 
@@ -75,7 +84,7 @@ def test_masked_components_get_exactly_no_gradient_and_the_others_do():
 
 
 @pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_start_is_exactly_the_base_and_learns(kind, dtype):
     base = nn.Linear(6, 5, dtype=dtype)
     layer = kind(base, rank=4, alpha=3.0)
@@ -225,3 +234,120 @@ def test_rank_that_does_not_fit(kind, rank):
 
 def test_adapter_error_is_a_value_error():
     assert issubclass(AdapterError, ValueError)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(twin):
+    for make, kind in ((LoRA, LoRALinear), (SVD, SVDLinear)):
+        layer = make(4, 3.0, rslora=True).build(nn.Linear(6, 5), device="cpu", dtype=torch.float64)
+        assert type(layer) is kind
+        assert layer.scaling == 1.5
+        with torch.no_grad():
+            for _, factor in layer.factors():
+                factor.normal_()
+        every = torch.ones(4, dtype=torch.bool)
+        factors = (
+            (layer.b, torch.ones(4), layer.a) if make is LoRA else (layer.p, layer.lam, layer.q)
+        )
+        expected = twin.update_matrix(*factors, every, 3.0 / 4**0.5)
+        torch.testing.assert_close(layer.delta(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
+def test_dropout_acts_on_the_updates_input_in_training_alone(kind):
+    base = nn.Linear(6, 5, dtype=torch.float64)
+    layer = kind(base, rank=4, alpha=3.0, dropout=0.25, dtype=torch.float64)
+    with torch.no_grad():
+        for _, factor in layer.factors():
+            factor.normal_()
+    x = torch.randn(7, 6, dtype=torch.float64)
+    torch.manual_seed(2)
+    found = layer(x)
+    torch.manual_seed(2)
+    dropped = nn.functional.dropout(x, 0.25)
+    assert (dropped == 0).any()
+    torch.testing.assert_close(found, base(x) + dropped @ layer.delta().T, rtol=1e-12, atol=1e-12)
+    layer.eval()
+    torch.testing.assert_close(layer(x), base(x) + x @ layer.delta().T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
+def test_switched_off_it_is_the_base(kind):
+    layer = make(kind)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    layer.enabled = False
+    assert torch.equal(layer(x), layer.base(x))
+    layer.enabled = True
+    assert not torch.equal(layer(x), layer.base(x))
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_the_bases_dtype(kind, factor_dtype):
+    layer = make(kind, dtype=torch.float32)
+    for role, factor in layer.factors():
+        setattr(layer, role, nn.Parameter(factor.detach().to(factor_dtype)))
+    x = torch.randn(7, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == layer.base(x).dtype == torch.bfloat16
+    y.float().sum().backward()
+    torch.testing.assert_close(y.float(), layer.base(x) + x @ layer.delta().T, rtol=5e-2, atol=5e-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"rank": 0}, "rank is 0, expected at least 1."),
+        ({"alpha": 0.0}, "alpha is 0.0, expected a finite number above 0."),
+        ({"alpha": float("nan")}, "alpha is nan, expected a finite number above 0."),
+        ({"dropout": 1.0}, "dropout is 1.0, expected a probability from 0 to below 1."),
+    ],
+)
+@pytest.mark.parametrize("maker", [LoRA, SVD, DoRA, DyLoRA])
+def test_maker_refuses_what_no_layer_can_have(kit, maker, options, text):
+    assert kit.error_text(maker, **{"rank": 2, "alpha": 1.0, **options}) == text
+
+
+def test_update_is_added_by_the_product_itself(kit):
+    """One tensor as wide as y for the update, none for its scaling or its sum with the base."""
+    layer = LoRALinear(nn.Linear(64, 48), rank=2, alpha=1.0)
+    layer.base.requires_grad_(False)
+    with kit.Counted() as mode:
+        layer(torch.randn(3, 64))
+    assert (mode.operations["addmm"], mode.operations["mm"]) == (2, 1)
+    assert not mode.operations.keys() & {"mul", "add", "clone", "copy_"}
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
+def test_other_tensors_may_stand_in_the_factors_places(kind):
+    layer = make(kind)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    others = {role: 2 * factor for role, factor in layer.factors()}
+    found = torch.func.functional_call(layer, others, (x,))
+    torch.autograd.grad(found.sum(), [factor for _, factor in layer.factors()])
+    with torch.no_grad():
+        for _, factor in layer.factors():
+            factor.mul_(2)
+    assert torch.equal(layer(x), found)
+
+
+def test_a_factor_may_be_a_plain_tensor():
+    layer = make(LoRALinear)
+    x, expected = torch.randn(7, 6, dtype=torch.float64), layer.a.detach().clone()
+    y = layer(x)
+    del layer.a
+    layer.a = expected
+    assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
+@pytest.mark.parametrize("size", [(6,), (7, 6), (2, 7, 6), (2, 3, 7, 6)])
+def test_output_is_a_tensor_of_its_own_and_may_be_changed_in_place(kind, size):
+    layer = make(kind)
+    x = torch.randn(size, dtype=torch.float64)
+    factors = [factor for _, factor in layer.factors()]
+    expected = torch.autograd.grad(layer(x).relu().square().sum(), factors)
+    y = layer(x)
+    assert not y._is_view()
+    found = torch.autograd.grad(y.relu_().square().sum(), factors)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -28,6 +28,9 @@ def operations(kit, blocks, make):
         values = [group.values for group in groups]
         calls["penalty"] = lambda: orthogonality_penalty(values, len(layers))
         calls["gradient"] = lambda: accumulate_orthogonality_gradient_(groups, 0.1)
+        calls["unsquared gradient"] = lambda: accumulate_orthogonality_gradient_(
+            groups, 0.1, squared=False
+        )
     counted = {}
     for name, call in calls.items():
         with kit.Counted() as mode:

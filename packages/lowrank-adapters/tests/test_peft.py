@@ -1,6 +1,7 @@
 """The export: its product is the update itself; a folder is replaced as a whole or not at all."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +109,9 @@ def test_config_has_exactly_these_keys(kit, tmp_path):
         "inference_mode": True,
         "r": 3,
         "lora_alpha": 3,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -187,7 +191,7 @@ def test_no_layers(kit, tmp_path):
 
 
 @pytest.mark.parametrize("earlier", [True, False])
-@pytest.mark.parametrize("fault", ["save_file", "_sync"])
+@pytest.mark.parametrize("fault", ["exchange.peft.export.save_file", "files.sync"])
 def test_failure_to_write_leaves_all_as_it_was(kit, tmp_path, monkeypatch, earlier, fault):
     layers = svd_layers(kit, (3, 2))
     folder = tmp_path / "adapter"
@@ -198,12 +202,33 @@ def test_failure_to_write_leaves_all_as_it_was(kit, tmp_path, monkeypatch, earli
     def fail(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"lowrank_adapters.exchange.peft.{fault}", fail)
+    monkeypatch.setattr(f"lowrank_adapters.{fault}", fail)
     with pytest.raises(OSError, match="no space left"):
         export_peft(layers, folder)
     assert names_in(tmp_path) == (["adapter"] if earlier else [])
     if earlier:
         assert contents(folder) == before
+
+
+def test_earlier_export_comes_back_when_the_new_one_cannot_take_its_name(
+    kit, tmp_path, monkeypatch
+):
+    layers = svd_layers(kit, (3, 2))
+    folder = export_peft(layers, tmp_path / "adapter")
+    before = contents(folder)
+    rename = Path.rename
+
+    def fail_once(path, target):
+        if target == folder:
+            monkeypatch.undo()
+            raise OSError("device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(OSError, match="busy"):
+        export_peft(layers, folder)
+    assert contents(folder) == before
+    assert names_in(tmp_path) == ["adapter"]
 
 
 def test_masked_components_may_hold_anything(kit, tmp_path):

@@ -12,6 +12,8 @@ from lowrank_adapters import (
     orthogonality_penalty,
 )
 
+FORMS = pytest.mark.parametrize("squared", [True, False])
+
 
 def stacked(kit):
     """Layers of float64 off their start, and the groups that the penalty is of."""
@@ -22,12 +24,13 @@ def stacked(kit):
     return layers, stack, [group for group in stack.groups if group.role in "pq"]
 
 
-def test_penalty_equals_the_twin_in_value_and_gradients(twin, kit):
+@FORMS
+def test_penalty_equals_the_twin_in_value_and_gradients(twin, kit, squared):
     layers, _, groups = stacked(kit)
     stacks = [group.values.clone().requires_grad_() for group in groups]
-    found = orthogonality_penalty(stacks, matrices=len(layers))
+    found = orthogonality_penalty(stacks, matrices=len(layers), squared=squared)
     pairs = [(layer.p, layer.q) for layer in layers.values()]
-    expected = twin.orthogonality(pairs)
+    expected = (twin.orthogonality if squared else twin.orthogonality_of_adalora)(pairs)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
     gradients = torch.autograd.grad(found, stacks)
@@ -41,16 +44,17 @@ def test_penalty_equals_the_twin_in_value_and_gradients(twin, kit):
 
 
 @pytest.mark.parametrize("weight", [0.1, -2.0])
-def test_closed_form_is_the_gradient_by_autograd(kit, weight):
+@FORMS
+def test_closed_form_is_the_gradient_by_autograd(kit, weight, squared):
     layers, stack, groups = stacked(kit)
     before = torch.randn_like(stack.grads)
     stack.grads.copy_(before)
     already = [group.values.grad.clone() for group in groups]
     stacks = [group.values.clone().requires_grad_() for group in groups]
-    penalty = orthogonality_penalty(stacks, matrices=len(layers))
+    penalty = orthogonality_penalty(stacks, matrices=len(layers), squared=squared)
     added = torch.autograd.grad(weight * penalty, stacks)
 
-    found = accumulate_orthogonality_gradient_(groups, weight)
+    found = accumulate_orthogonality_gradient_(groups, weight, squared=squared)
 
     assert not found.requires_grad
     torch.testing.assert_close(found, penalty.detach(), rtol=1e-13, atol=0)
@@ -81,11 +85,21 @@ def test_orthonormal_rows_have_no_penalty_and_no_gradient(kit):
     assert stack.grads.abs().max() < 1e-14
 
 
-def test_penalty_does_not_depend_on_depth(kit):
+@pytest.mark.parametrize("rows", [torch.eye(5)[:3], torch.zeros(3, 5)])
+def test_unsquared_gradient_is_finite_where_the_norm_or_the_rows_are_zero(kit, rows):
+    _, stack, groups = stacked(kit)
+    for group in groups:
+        group.values.copy_(torch.nn.functional.pad(rows, (0, group.values.shape[2] - 5)))
+    accumulate_orthogonality_gradient_(groups, 1.0, squared=False)
+    assert not stack.grads.any()
+
+
+@FORMS
+def test_penalty_does_not_depend_on_depth(kit, squared):
     layers, _, groups = stacked(kit)
     stacks = [group.values for group in groups]
-    once = orthogonality_penalty(stacks, len(layers))
-    twice = orthogonality_penalty([*stacks, *stacks], 2 * len(layers))
+    once = orthogonality_penalty(stacks, len(layers), squared=squared)
+    twice = orthogonality_penalty([*stacks, *stacks], 2 * len(layers), squared=squared)
     torch.testing.assert_close(once, twice, rtol=1e-14, atol=0)
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_adapters import SVD, FactorStack, LoRA, SVDLinear, freeze_base_
+from lowrank_adapters import SVD, DoRA, DyLoRA, FactorStack, LoRA, SVDLinear, freeze_base_
 
-MAKERS = [LoRA(rank=3, alpha=4.5), SVD(rank=3, alpha=4.5)]
+MAKERS = [make(rank=3, alpha=4.5) for make in (LoRA, SVD, DoRA, DyLoRA)]
 TOKENS = torch.tensor([[1, 4, 7], [10, 0, 2]])
 
 

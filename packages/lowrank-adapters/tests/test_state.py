@@ -9,15 +9,21 @@ from torch import nn
 
 from lowrank_adapters import (
     SVD,
+    DoRA,
+    DyLoRA,
     FactorStack,
     LoRA,
+    RankSampler,
     adapter_state_dict,
+    inject_adapters_,
     load_adapter_,
     load_adapter_state_dict_,
     save_adapter,
+    set_rank_,
 )
 
 FILE = "adapter.safetensors"
+UNSAID = "does not say which layers it is of; save it again."
 MAKERS = [LoRA(rank=3, alpha=4.5), SVD(rank=3, alpha=4.5)]
 
 
@@ -63,6 +69,11 @@ def test_state_has_exactly_the_declared_tensors_and_they_are_live(kit, make, own
         assert tensor.data_ptr() == model.state_dict()[name].data_ptr(), name
 
 
+def test_layer_alone_has_the_names_of_its_own_state():
+    layer = SVD(2, 1.0).build(nn.Linear(4, 3), device="cpu", dtype=torch.float32)
+    assert set(adapter_state_dict(layer)) == {"p", "lam", "q", "rank_mask"}
+
+
 def test_plain_model_has_no_adapter_state(kit):
     assert adapter_state_dict(kit.Decoder()) == {}
 
@@ -94,6 +105,18 @@ def test_saved_adapter_is_loaded_bit_for_bit(kit, tmp_path, make, stacked):
                 assert torch.equal(group.values[index], tokens), key
 
 
+def test_layers_that_share_a_mask_are_saved_and_loaded(kit, tmp_path):
+    model, layers = kit.adapted(DyLoRA(rank=3, alpha=4.5))
+    RankSampler(layers, seed=0)
+    set_rank_(layers, 2)
+    assert len({layer.rank_mask.data_ptr() for layer in layers.values()}) == 1
+    saved = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+    save_adapter(model, tmp_path)
+    set_rank_(layers, 1)
+    load_adapter_(model, tmp_path)
+    torch.testing.assert_close(adapter_state_dict(model), saved, rtol=0, atol=0)
+
+
 def test_saving_again_replaces_the_file(kit, tmp_path):
     model, layers = kit.adapted()
     save_adapter(model, tmp_path)
@@ -108,7 +131,7 @@ def test_failure_to_save_keeps_the_file_that_was_there(kit, tmp_path, monkeypatc
     model, _ = kit.adapted()
     before = save_adapter(model, tmp_path).read_bytes()
 
-    def fail(_, path):
+    def fail(_, path, **__):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
@@ -116,6 +139,7 @@ def test_failure_to_save_keeps_the_file_that_was_there(kit, tmp_path, monkeypatc
     with pytest.raises(OSError, match="no space left"):
         save_adapter(model, tmp_path)
     assert (tmp_path / FILE).read_bytes() == before
+    assert names_in(tmp_path) == [FILE]
 
 
 @pytest.mark.parametrize(
@@ -163,12 +187,19 @@ def test_value_that_is_not_finite(kit, tmp_path, value):
     )
 
 
-def test_file_that_is_missing_even_if_a_pickle_is_there(kit, tmp_path):
+@pytest.mark.parametrize("pickles", [[], ["adapter_model.bin"], ["a.pt", "b.ckpt"]])
+def test_file_that_is_missing_even_if_a_pickle_is_there(kit, tmp_path, pickles):
     model = two_layers(kit, tmp_path / "saved")
-    torch.save(adapter_state_dict(model), tmp_path / "adapter.pt")
-    assert refusal(kit, load_adapter_, model, tmp_path) == (
-        f"{tmp_path / FILE} does not exist; only {FILE} is read, never a pickle."
-    )
+    for name in pickles:
+        torch.save(adapter_state_dict(model), tmp_path / name)
+    remedy = "only adapter.safetensors is read, never a pickle"
+    if pickles:
+        remedy = (
+            f"{', '.join(pickles)} is a pickle, which can run code when opened and is not read: "
+            "write it again as adapter.safetensors, with the library that it is from"
+        )
+    text = refusal(kit, load_adapter_, model, tmp_path)
+    assert text == f"{tmp_path / FILE} does not exist; {remedy}."
 
 
 @pytest.mark.parametrize("part", [0, 4, 8, 0.5, -1])
@@ -202,14 +233,107 @@ def test_pickle_under_the_name_of_the_file_is_not_opened(kit, tmp_path):
     assert trace.exists()
 
 
-def test_loaded_numbers_take_the_dtype_of_the_model(kit, tmp_path):
+def test_loaded_numbers_take_the_dtype_of_the_model():
     model = nn.Sequential(nn.Linear(4, 3))
-    layers = {"0": SVD(2, 1.0).build(model[0], device="cpu", dtype=torch.bfloat16)}
-    model[0] = layers["0"]
+    model[0] = SVD(2, 1.0).build(model[0], device="cpu", dtype=torch.bfloat16)
     state = {name: torch.rand(t.shape) for name, t in adapter_state_dict(model).items()}
     state["0.rank_mask"] = torch.tensor([True, False])
-    save_file(state, tmp_path / FILE)
-    load_adapter_(model, tmp_path)
+    load_adapter_state_dict_(model, state)
     for name, tensor in adapter_state_dict(model).items():
         expected = state[name] if name == "0.rank_mask" else state[name].bfloat16()
         assert torch.equal(tensor, expected), name
+
+
+def test_numbers_that_the_dtype_of_the_model_cannot_hold(kit):
+    model = nn.Sequential(nn.Linear(4, 3))
+    model[0] = LoRA(1, 1.0).build(model[0], device="cpu", dtype=torch.float16)
+    state = {"0.a": torch.ones(1, 4), "0.b": torch.full((3, 1), -1e6)}
+    assert refusal(kit, load_adapter_state_dict_, model, state) == (
+        "0.b has values up to 1e+06, too large for torch.float16; inject with a wider factor_dtype."
+    )
+
+
+def test_mask_that_is_saved_as_numbers(kit, tmp_path):
+    model = two_layers(kit, tmp_path)
+    state = load_file(tmp_path / FILE)
+    state["layers.0.mlp.w1.rank_mask"] = torch.tensor([0.5, 0.0])
+    assert refusal(kit, load_adapter_state_dict_, model, state) == (
+        "layers.0.mlp.w1.rank_mask is torch.float32 in the saved adapter, but torch.bool here; "
+        "load it into the method it was trained with."
+    )
+
+
+def test_factors_on_the_meta_device(kit, tmp_path):
+    model = two_layers(kit, tmp_path)
+    layer = model.layers[0].q_proj
+    layer.q = nn.Parameter(layer.q.to("meta"))
+    state = load_file(tmp_path / FILE)
+    assert kit.error_text(load_adapter_state_dict_, model, state) == (
+        "layers.0.q_proj.q is on the meta device; put the factors on a real one first."
+    )
+
+
+def test_layers_that_would_be_computed_again_over_what_was_loaded(kit):
+    state = adapter_state_dict(kit.adapted(DoRA(rank=2, alpha=1.0), targets="q_proj")[0])
+    with torch.device("meta"):
+        model = kit.Decoder()
+    inject_adapters_(model, DoRA(rank=2, alpha=1.0), "q_proj")
+    assert kit.error_text(load_adapter_state_dict_, model, state) == (
+        "layers.0.q_proj waits for the weights of its base, which was on the meta device; load "
+        "them and call materialise_(model) first."
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "width", "text"),
+    [
+        (
+            SVD(rank=2, alpha=3.0),
+            5,
+            "has scaling 1.5 here, but the adapter in {} was saved with 0.5",
+        ),
+        (SVD(rank=3, alpha=1.5), 5, "has rank 3 here, but the adapter in {} was saved with 2"),
+        (
+            LoRA(rank=2, alpha=1.0),
+            5,
+            "has kind LoRALinear here, but the adapter in {} was saved with SVDLinear",
+        ),
+        (
+            SVD(rank=2, alpha=1.0),
+            6,
+            "has base 6 x 6 here, but the adapter in {} was saved with 5 x 5",
+        ),
+    ],
+)
+def test_layers_of_another_kind_base_rank_or_scaling(kit, tmp_path, make, width, text):
+    two_layers(kit, tmp_path)
+    model, _ = kit.adapted(make, blocks=1, width=width, targets=["q_proj", "w1"])
+    assert refusal(kit, load_adapter_, model, tmp_path) == (
+        f"layers.0.q_proj {text.format(tmp_path / FILE)}; load it into the model and method it "
+        "was trained with."
+    )
+
+
+@pytest.mark.parametrize(
+    ("metadata", "text"),
+    [
+        (None, "has the format None, expected 'lowrank-adapters 1'; load a file that save_adapter"),
+        (
+            {"format": "pt"},
+            "has the format 'pt', expected 'lowrank-adapters 1'; load a file that save_adapter",
+        ),
+        ({}, "does not say which layers it is of; save it again."),
+        ({"layers": "[1]"}, "does not say which layers it is of; save it again."),
+        (
+            {"layers": '{"layers.0.q_proj": 1}'},
+            "does not say which layers it is of; save it again.",
+        ),
+        ({"layers": "[" * 100000}, "does not say which layers it is of; save it again."),
+    ],
+)
+def test_file_from_elsewhere(kit, tmp_path, metadata, text):
+    model = two_layers(kit, tmp_path)
+    if metadata is not None:
+        metadata = {"format": "lowrank-adapters 1"} | metadata
+    save_file(load_file(tmp_path / FILE), tmp_path / FILE, metadata=metadata)
+    assert f"{tmp_path / FILE} {text}" in refusal(kit, load_adapter_, model, tmp_path)

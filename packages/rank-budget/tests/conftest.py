@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rank_budget import BudgetError, RankedMatrices
+from rank_budget import BudgetError, RankedMatrices, Triplet
 
 
 def fixed_pruning(initial, budget, count, interval, step):
@@ -33,6 +33,37 @@ def cubic_budget(initial, final, total, warmup, cooldown, interval, step):
     return live
 
 
+class Algorithm1:
+    """AdaLoRA's averages and scores, number by number. Factors are {role: rows of numbers}.
+
+    A row belongs to a component: λ has one number in it, P a column, Q a row.
+    """
+
+    def __init__(self, beta1, beta2):
+        self.beta1, self.beta2 = beta1, beta2
+        self.mean, self.spread = {}, {}
+
+    def observe(self, name, values, grads):
+        for role, rows in values.items():
+            for i, row in enumerate(rows):
+                for j, value in enumerate(row):
+                    key = (name, role, i, j)
+                    now = abs(value * grads[role][i][j])
+                    before = self.mean.get(key, 0.0)
+                    self.mean[key] = self.beta1 * before + (1 - self.beta1) * now
+                    change = abs(now - self.mean[key])
+                    before = self.spread.get(key, 0.0)
+                    self.spread[key] = self.beta2 * before + (1 - self.beta2) * change
+
+    def score(self, name, component):
+        total = 0.0
+        for role in ("lam", "p", "q"):
+            keys = [k for k in self.mean if k[:3] == (name, role, component)]
+            products = [self.mean[key] * self.spread[key] for key in keys]
+            total += sum(products) / len(products) if products else 0.0
+        return total
+
+
 def prune(scores, alive, count):
     """Remove the ``count`` live keys of least score, the first of equal ones; NaN is highest."""
     survivors = set(alive)
@@ -44,6 +75,24 @@ def prune(scores, alive, count):
                 lowest = (worth, key)
         survivors.remove(lowest[1])
     return survivors
+
+
+def rows_of(layer, attribute=lambda tensor: tensor):
+    """The rows of a layer's factors, a row per component, as plain numbers."""
+    return {
+        "p": attribute(layer.p).T.tolist(),
+        "lam": attribute(layer.lam).reshape(-1, 1).tolist(),
+        "q": attribute(layer.q).tolist(),
+    }
+
+
+def triplet(rank, out, into, *, mask=True, dtype=torch.float64, column=False):
+    """Three random tensors with random gradients."""
+    shapes = ((out, rank), (rank, 1) if column else (rank,), (rank, into))
+    factors = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    for factor in factors:
+        factor.grad = torch.randn_like(factor)
+    return Triplet(*factors, torch.ones(rank, dtype=torch.bool) if mask else None)
 
 
 class Counted(TorchDispatchMode):
@@ -79,10 +128,16 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def twin():
-    return SimpleNamespace(fixed_pruning=fixed_pruning, cubic_budget=cubic_budget, prune=prune)
+    return SimpleNamespace(
+        Algorithm1=Algorithm1,
+        fixed_pruning=fixed_pruning,
+        cubic_budget=cubic_budget,
+        prune=prune,
+        rows_of=rows_of,
+    )
 
 
 @pytest.fixture(scope="session")
 def kit():
     """Helpers that several files of tests use."""
-    return SimpleNamespace(Counted=Counted, error_text=error_text, group=group)
+    return SimpleNamespace(Counted=Counted, error_text=error_text, group=group, triplet=triplet)

@@ -63,7 +63,7 @@ def published(step, *, initial, target, total, first, last, interval):
 def test_cubic_budget_has_the_form_of_adaloras_code():
     for interval in (1, 3):
         live = 48
-        cubic = CubicBudget(48, 16, 100, warmup_steps=20, cooldown_steps=30, interval=interval)
+        cubic = CubicBudget(48, 16, 100, warmup=20, cooldown=30, interval=interval)
         for step in range(101):
             budget = published(
                 step, initial=48, target=16, total=100, first=20, last=30, interval=interval

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from rank_budget import FixedPruning, RankAllocator
+from rank_budget import (
+    CubicBudget,
+    FixedPruning,
+    RankAllocator,
+    RankedFactors,
+    RankedMatrices,
+    SmoothedSensitivity,
+)
 
 HOST_READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_to_host"}
 
@@ -50,3 +57,59 @@ def test_the_counter_sees_a_host_read(kit):
     with kit.Counted() as mode:
         torch.ones(()).item()
     assert HOST_READS & mode.operations.keys()
+
+
+VIEWS = {"view", "unbind", "slice", "alias", "split_with_sizes", "squeeze", "unsqueeze", "t"}
+
+
+def llama(layers, scale, kit=None):
+    """P and Q of every linear map of so many layers of Llama-3.1-8B, rank 16, at 1/scale width."""
+    model, narrow, wide = 4096 // scale, 1024 // scale, 14336 // scale
+    maps = {"q": (model, model), "k": (narrow, model), "v": (narrow, model), "o": (model, model)}
+    maps |= {"gate": (wide, model), "up": (wide, model), "down": (model, wide)}
+    shapes = {f"{i}.{name}": shape for i in range(layers) for name, shape in maps.items()}
+    if kit is not None:
+        return {name: kit.triplet(16, *shape, mask=False) for name, shape in shapes.items()}, ()
+    names = tuple(shapes)
+    lam = torch.randn(2, len(names), 16)
+    matrices = [RankedMatrices(names, *lam, torch.ones(len(names), 16, dtype=torch.bool))]
+    widths = {}
+    for name, (out, into) in shapes.items():
+        widths.setdefault(("p", out), []).append(name)
+        widths.setdefault(("q", into), []).append(name)
+    factors = [
+        RankedFactors(role, tuple(found), *torch.randn(2, len(found), 16, width))
+        for (role, width), found in widths.items()
+    ]
+    return matrices, factors
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_an_allocation_over_448_matrices_takes_at_most_40_operations(kit, separate):
+    found = []
+    for layers in (2, 32):
+        matrices, factors = llama(layers, 64, kit if separate else None)
+        initial = layers * 7 * 16
+        schedule = CubicBudget(initial, initial // 2, total_steps=100)
+        allocator = RankAllocator(matrices, schedule, factors=factors, score=SmoothedSensitivity())
+        with kit.Counted() as mode:
+            allocator.score()
+            allocator.step()
+        assert [done.step for done in allocator.history] == [1]
+        assert allocator.history[0].pruned == initial - schedule.live_ranks(1)
+        found.append({name: n for name, n in mode.operations.items() if name not in VIEWS})
+    assert found[0] == found[1]
+    assert sum(found[1].values()) <= 40
+    assert not HOST_READS & found[1].keys()
+
+
+def test_an_allocation_between_two_costs_nothing_but_the_averages(kit):
+    matrices, factors = llama(2, 64)
+    schedule = CubicBudget(224, 112, total_steps=100, interval=50)
+    allocator = RankAllocator(matrices, schedule, factors=factors, score=SmoothedSensitivity())
+    with kit.Counted() as mode:
+        allocator.score()
+        allocator.step()
+    found = {name: n for name, n in mode.operations.items() if name not in VIEWS}
+    # λ, P of three widths and Q of two; then I, and two averages.
+    assert found == {"mul": 6, "abs_": 1, "lerp_": 2, "smooth_l1_loss": 1}

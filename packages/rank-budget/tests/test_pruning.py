@@ -4,15 +4,15 @@ import io
 import math
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rank_budget import FixedPruning, RankAllocator, RankedMatrices, prune_lowest
+from rank_budget import FixedPruning, RankAllocator, RankedMatrices
 
 # Few values, so that many are equal.
 SCORES = st.sampled_from([0.0, 0.5, -0.5, 1.0, -2.0, math.nan, math.inf, 1e30])
-LOWEST = st.sampled_from([-math.inf, torch.finfo(torch.float32).min])
 STEPS = 8
 
 
@@ -111,6 +111,9 @@ def test_every_step_prunes_what_the_twin_does(twin, case):
             assert done is None
         else:
             assert (done.step, done.pruned, done.live) == (step, len(before - alive), budget)
+            assert (done.budget, done.grown) == (budget, 0)
+            fell = [math.inf if math.isnan(scores[k]) else scores[k] for k in before - alive]
+            assert done.threshold == pytest.approx(max(fell), rel=1e-6)
             history.append(done)
     assert allocator.history == history
     assert allocator.total_ranks == sum(len(mask) for mask in case.alive.values())
@@ -145,24 +148,3 @@ def test_loaded_allocator_continues_as_the_uninterrupted_one(case, at):
     assert second.history == whole.history
     assert (second.steps, second.live_ranks) == (whole.steps, whole.live_ranks)
     assert masks_of(matrices) == masks_of(whole_matrices)
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.tuples(SCORES | LOWEST, st.booleans()), min_size=1),
-    st.integers(0, 12),
-    st.sampled_from([torch.float32, torch.float64]),
-)
-def test_prune_lowest_equals_the_twin(twin, components, count, dtype):
-    scores = torch.tensor([score for score, _ in components], dtype=dtype)
-    alive = torch.tensor([live for _, live in components])
-    before = scores.clone(), alive.clone()
-
-    found = prune_lowest(scores, alive, count)
-
-    live = {i for i, (_, live) in enumerate(components) if live}
-    survivors = twin.prune(scores.tolist(), live, count)
-    assert found.dtype == torch.bool
-    assert found.tolist() == [i in survivors for i in range(len(components))]
-    assert len(survivors) == max(0, len(live) - count)
-    torch.testing.assert_close((scores, alive), before, rtol=0, atol=0, equal_nan=True)

@@ -4,8 +4,21 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
-from rank_budget import rank_heatmap, rank_table
+from rank_budget import (
+    ConstantBudget,
+    CubicBudget,
+    FixedPruning,
+    RankAllocator,
+    importance_histogram,
+    rank_heatmap,
+    rank_table,
+    rank_timeline,
+    scalars,
+    schedule_plot,
+    schedule_table,
+)
 
 RANKS = {
     "layers.10.q_proj": 3,
@@ -77,11 +90,96 @@ def test_numbers_on_light_cells_are_dark():
     assert [text.get_color() for text in figure.axes[0].texts] == ["black", "white"]
 
 
+DRAWN = {
+    "rank_heatmap": lambda: rank_heatmap(RANKS, 4),
+    "rank_timeline": lambda: rank_timeline([], 4),
+    "importance_histogram": lambda: importance_histogram({"w": torch.ones(2)}),
+    "schedule_plot": lambda: schedule_plot(ConstantBudget(3), 5),
+}
+
+
+@pytest.mark.parametrize("name", list(DRAWN))
 @pytest.mark.parametrize("missing", ["matplotlib", "matplotlib.figure"])
-def test_heatmap_without_matplotlib(kit, monkeypatch, missing):
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
+def test_figures_without_matplotlib(kit, monkeypatch, missing, name):
+    for module in [module for module in sys.modules if module.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, missing, None)
-    assert kit.error_text(rank_heatmap, RANKS, 4) == (
-        "rank_heatmap draws with matplotlib; pip install 'rank-budget[plot]'."
+    assert kit.error_text(DRAWN[name]) == (
+        f"{name} draws with matplotlib; pip install 'rank-budget[plot]'."
+    )
+
+
+def pruned(kit):
+    names = ("layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v")
+    layers = {name: kit.triplet(3, 4, 5) for name in names}
+    allocator = RankAllocator(layers, FixedPruning(12, 5, 3, 2))
+    live = [12]
+    for _ in range(7):
+        allocator.step()
+        live.append(sum(allocator.ranks().values()))
+    return allocator, live
+
+
+def test_timeline_has_the_ranks_after_every_allocation(kit):
+    allocator, live = pruned(kit)
+    figure = rank_timeline(allocator.history, 12, allocator.changed())
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    steps = [0, 2, 4, 6]
+    assert lines["all"] == [[step, live[step]] for step in steps]
+    both = [[step, q + v] for (step, q), (_, v) in zip(lines["q"], lines["v"], strict=True)]
+    assert both == lines["all"]
+    for module in "qv":
+        last = sum(rank for name, rank in allocator.ranks().items() if name.endswith(module))
+        assert lines[module][-1] == [6, last]
+
+
+def test_histogram_counts_every_component(kit):
+    allocator, _ = pruned(kit)
+    importance = allocator.importance()
+    importance["layers.0.q"][0] = 0
+    threshold = allocator.history[-1].threshold
+    figure = importance_histogram(importance, threshold, bins=7)
+    (axes,) = figure.axes
+    assert sum(patch.get_height() for patch in axes.patches) == 11
+    assert axes.get_title() == "12 components, 1 with a score of zero"
+    assert axes.get_xscale() == "log"
+    assert set(axes.lines[0].get_xdata()) == {threshold}
+    scores = torch.cat(list(importance.values())).tolist()
+    edges = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches]
+    heights = [sum(low <= score < high for score in scores) for low, high in edges]
+    assert [patch.get_height() for patch in axes.patches] == heights
+
+
+def test_schedule_is_printed_and_drawn_where_it_changes():
+    cubic = CubicBudget(100, 20, 50, warmup=10, cooldown=10)
+    lines = schedule_table(cubic, 50).splitlines()
+    assert len(lines) == 13
+    rows = [tuple(map(int, line.split())) for line in lines[1:]]
+    assert lines[0].split() == ["step", "budget"]
+    assert (rows[0], rows[-1]) == ((0, 100), (50, 20))
+    assert all(cubic.live_ranks(step) == budget for step, budget in rows)
+    drawn = schedule_plot(cubic, 50).axes[0].lines[0].get_xydata().tolist()
+    assert drawn[-1] == [50, 20]
+    changes = [t for t in range(1, 51) if cubic.live_ranks(t) != cubic.live_ranks(t - 1)]
+    assert [step for step, _ in drawn] == [0, *changes, 50]
+    assert all(cubic.live_ranks(int(step)) == budget for step, budget in drawn)
+
+
+def test_scalars_are_the_numbers_of_now(kit):
+    allocator, live = pruned(kit)
+    found = scalars(allocator, prefix="x/")
+    assert all(type(value) is float for value in found.values())
+    ranks = {f"x/ranks/{name}": rank for name, rank in allocator.ranks().items()}
+    threshold = allocator.history[-1].threshold
+    assert found == {
+        "x/step": 7,
+        "x/skipped": 0,
+        "x/budget": 5,
+        "x/live_ranks": live[-1],
+        "x/threshold": threshold,
+        **ranks,
+    }
+    assert not any(
+        "threshold" in name
+        for name in scalars(RankAllocator({"a": kit.triplet(2, 3, 3)}, ConstantBudget(2)))
     )

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rank_budget import ConstantBudget, CubicBudget, FixedPruning
+from rank_budget import (
+    BudgetError,
+    ConstantBudget,
+    CubicBudget,
+    FixedGrowth,
+    FixedPruning,
+    OneShot,
+)
 
 small = st.integers(0, 40)
 
@@ -38,7 +45,7 @@ def test_cubic_budget_equals_the_twin_at_every_step(
 
 def test_cubic_budget_does_not_round_a_whole_number_down():
     # 1000 · 0.7³ is 343, but 342.99… in float64.
-    cubic = CubicBudget(1000, 0, total_steps=10, warmup_steps=0, cooldown_steps=0)
+    cubic = CubicBudget(1000, 0, total_steps=10, warmup=0, cooldown=0)
     assert [cubic.live_ranks(t) for t in range(5)] == [1000, 729, 512, 343, 216]
 
 
@@ -82,13 +89,15 @@ def test_fixed_pruning_over_a_run_finishes_by_seven_tenths_of_it():
 
 
 FIXED = {"initial": 10, "budget": 4, "count": 2, "interval": 5}
+GROWTH = {"initial": 4, "final": 10, "count": 2, "interval": 5}
+SHOT = {"initial": 10, "final": 4, "at": 7}
 OVER = {"initial": 10, "budget": 4, "interval": 5, "total_steps": 50}
 CUBIC = {
     "initial": 10,
     "final": 4,
     "total_steps": 50,
-    "warmup_steps": 10,
-    "cooldown_steps": 20,
+    "warmup": 10,
+    "cooldown": 20,
     "interval": 5,
 }
 
@@ -119,16 +128,30 @@ CUBIC = {
         (CubicBudget, CUBIC | {"final": 11}, "final is 11, but must be 0 to initial = 10."),
         (CubicBudget, CUBIC | {"final": -1}, "final is -1, but must be 0 to initial = 10."),
         (CubicBudget, CUBIC | {"interval": 0}, "interval is 0, but must be at least 1 step."),
-        (CubicBudget, CUBIC | {"warmup_steps": -1}, "warmup_steps is -1, but must be 0 or more."),
+        (CubicBudget, CUBIC | {"warmup": -1}, "warmup is -1, but must be 0 or more steps."),
+        (CubicBudget, CUBIC | {"cooldown": -1}, "cooldown is -1, but must be 0 or more steps."),
         (
             CubicBudget,
-            CUBIC | {"cooldown_steps": -1},
-            "cooldown_steps is -1, but must be 0 or more.",
+            CUBIC | {"warmup": 1.0},
+            "warmup is 1.0, but a fraction must be 0.0 or more and below 1.",
+        ),
+        (CubicBudget, CUBIC | {"total_steps": 0}, "total_steps is 0, but must be at least 1."),
+        (FixedGrowth, GROWTH | {"initial": -1}, "initial is -1, but must be at least 1."),
+        (FixedGrowth, GROWTH | {"final": 2}, "final is 2, but must be at least initial = 4."),
+        (FixedGrowth, GROWTH | {"count": -1}, "count is -1, but must be 0 or more."),
+        (FixedGrowth, GROWTH | {"interval": 0}, "interval is 0, but must be at least 1 step."),
+        (FixedGrowth, GROWTH | {"warmup": -1}, "warmup is -1, but must be 0 or more steps."),
+        (OneShot, SHOT | {"at": 0}, "at is 0, but must be at least step 1."),
+        (OneShot, SHOT | {"final": 11}, "final is 11, but must be 0 to initial = 10."),
+        (
+            OneShot,
+            SHOT | {"at": -0.1},
+            "at is -0.1, but a fraction must be 0.0 or more and below 1.",
         ),
         (
             CubicBudget,
             CUBIC | {"total_steps": 30},
-            "total_steps is 30, but must be above warmup_steps + cooldown_steps = 30.",
+            "total_steps is 30, but must be above warmup + cooldown = 30.",
         ),
     ],
 )
@@ -139,5 +162,72 @@ def test_values_out_of_range(kit, make, options, text):
 def test_values_at_the_ends_of_their_ranges():
     assert FixedPruning(1, 0, 0, 1).live_ranks(9) == 1
     assert FixedPruning(3, 3, 1, 1).live_ranks(9) == 3
-    cubic = CubicBudget(4, 0, total_steps=1, warmup_steps=0, cooldown_steps=0)
+    cubic = CubicBudget(4, 0, total_steps=1, warmup=0, cooldown=0)
     assert [cubic.live_ranks(step) for step in (0, 1, 2)] == [4, 0, 0]
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 9), st.integers(1, 7), small)
+def test_fixed_growth_equals_a_count_at_every_step(initial, more, count, interval, warmup):
+    final = initial + more
+    schedule = FixedGrowth(initial, final, count, interval, warmup)
+    live = initial
+    for step in range(80):
+        grows = step > warmup and step % interval == 0 and live < final and count > 0
+        if grows:
+            live = min(final, live + count)
+        assert schedule.live_ranks(step) == live, step
+        assert schedule.allocates(step) == grows, step
+    if live == final and schedule.end is not None:
+        assert schedule.live_ranks(schedule.end) == final
+        assert schedule.end == 0 or schedule.live_ranks(schedule.end - 1) < final
+
+
+@given(st.integers(1, 30), st.integers(0, 30), st.integers(1, 40))
+def test_one_shot_changes_once(initial, less, at):
+    final = max(0, initial - less)
+    schedule = OneShot(initial, final, at)
+    assert [schedule.live_ranks(t) for t in range(50)] == [initial] * at + [final] * (50 - at)
+    assert [t for t in range(50) if schedule.allocates(t)] == [at] == [schedule.end]
+
+
+@given(st.integers(1, 40), st.data())
+def test_end_is_the_first_step_of_the_final_budget(initial, data):
+    final = data.draw(st.integers(0, initial))
+    interval, count = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    fixed = FixedPruning(initial, final, count, interval)
+    cubic = CubicBudget(initial, final, 90, data.draw(small), data.draw(small), interval)
+    last = max(90, interval * initial) + 2
+    assert fixed.end == next(t for t in range(last) if fixed.live_ranks(t) == final)
+    assert cubic.live_ranks(cubic.end) == final
+    for schedule in (fixed, cubic):
+        allocated = [t for t in range(last) if schedule.allocates(t)]
+        changed = [
+            t for t in range(1, last) if schedule.live_ranks(t) != schedule.live_ranks(t - 1)
+        ]
+        assert set(changed) <= set(allocated)
+        assert not allocated or max(allocated) == schedule.end
+        assert all(t % interval == 0 or t == schedule.end for t in allocated)
+
+
+def test_phases_may_be_fractions_and_the_number_of_steps_late():
+    late = CubicBudget(12, 4, warmup=0.1, cooldown=0.25, interval=5)
+    known = late.with_total_steps(200)
+    assert known == CubicBudget(12, 4, 200, warmup=0.1, cooldown=0.25, interval=5)
+    steps = CubicBudget(12, 4, 200, warmup=20, cooldown=50, interval=5)
+    assert [known.live_ranks(t) for t in range(220)] == [steps.live_ranks(t) for t in range(220)]
+    assert OneShot(4, 2, at=0.3).with_total_steps(10).end == 3
+    assert FixedGrowth(2, 4, 1, 5, warmup=0.5).with_total_steps(20).live_ranks(14) == 2
+    with pytest.raises(BudgetError, match="CubicBudget does not know the number of steps"):
+        late.live_ranks(3)
+    with pytest.raises(BudgetError, match="the schedule was made for 200"):
+        known.with_total_steps(300)
+
+
+def test_numbers_per_matrix_become_numbers_of_all():
+    assert CubicBudget(12, 8, 100).times(3) == CubicBudget(36, 24, 100)
+    assert FixedPruning(6, 3, 1, 10).times(4) == FixedPruning(24, 12, 4, 10)
+
+
+@pytest.mark.parametrize("schedule", [CubicBudget(5, 5, 10), FixedPruning(5, 2, 0, 1)])
+def test_nothing_to_prune_is_no_error(schedule):
+    assert [schedule.live_ranks(t) for t in range(12)] == [5] * 12

@@ -139,7 +139,7 @@ def test_factors_may_be_wider_than_the_base() -> None:
     [
         (MethodConfig("lora", init_rank=5), "0: rank is 5, but the matrix is 4 x 6; choose a rank"),
         (MethodConfig("lora", init_rank=2, target_modules=("q_proj",)), "'q_proj' matches no "),
-        (MethodConfig("lora", init_rank=2, exclude=("0", "2", "4")), "no linear layer is left to"),
+        (MethodConfig("lora", init_rank=2, exclude=("0", "2", "4")), "no module is left to"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(config: MethodConfig, text: str) -> None:

@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from lowrank_adapters.layer import LowRankLinear, unit_rows
+from lowrank_adapters.layer import LowRankLinear
+from lowrank_adapters.maker import LowRankMaker
+from lowrank_adapters.starts import Components
 
 
 class LoRALinear(LowRankLinear):
@@ -16,10 +17,10 @@ class LoRALinear(LowRankLinear):
     Shapes: x (..., in), y (..., out), A (rank, in), B (out, rank).
     Gradient: to a, b and x; never to the base. Saved: a and b.
     Start: rows of A of unit norm, B = 0, so that y = base(x).
-    Paper: LoRA (arXiv 2106.09685), section 4.1.
+    Paper: LoRA (arXiv 2106.09685), section 4.1. See `LowRankLinear` for the rest.
 
     Raises:
-        AdapterError: the rank does not fit the base.
+        AdapterError: the base is no linear map, or the rank does not fit it.
 
     >>> LoRALinear(nn.Linear(4, 3), rank=2, alpha=2.0)(torch.ones(5, 4)).shape
     torch.Size([5, 3])
@@ -27,42 +28,28 @@ class LoRALinear(LowRankLinear):
 
     roles: ClassVar[tuple[str, ...]] = ("a", "b")
 
-    def __init__(
-        self,
-        base: nn.Linear,
-        rank: int,
-        alpha: float,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(base, rank, alpha)
-        a = unit_rows(rank, self.in_features)
-        self.a = nn.Parameter(a.to(device, dtype))
-        self.b = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=dtype))
+    def _make_factors(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.a = nn.Parameter(torch.empty(self.rank, self.in_features, device=device, dtype=dtype))
+        self.b = nn.Parameter(
+            torch.empty(self.rank, self.out_features, device=device, dtype=dtype).T
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y (..., out) for x (..., in)."""
-        hidden = functional.linear(x, self.a.to(x.dtype)) * self.scaling
-        y: Tensor = self.base(x) + functional.linear(hidden, self.b.to(x.dtype))
-        return y
+    def _place_(self, components: Components) -> None:
+        values = components.values
+        root = torch.where(values == 0, 1, values.abs().sqrt())
+        self.a.copy_(components.rows * root[:, None])
+        self.b.copy_(components.columns * (values / root))
 
-    @torch.no_grad()
-    def as_lora(self) -> tuple[Tensor, Tensor]:
-        """Return A (rank, in) and s·B (out, rank)."""
-        wide = torch.promote_types(self.b.dtype, torch.float32)
-        return self.a.detach().clone(), self.b.detach().to(wide) * self.scaling
+    def _factored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.a.to(dtype), self.b.to(dtype)
 
 
 @dataclass(frozen=True)
-class LoRA:
-    """Makes a `LoRALinear` of a linear layer; see there."""
-
-    rank: int
-    alpha: float
+class LoRA(LowRankMaker):
+    """Makes a `LoRALinear` of a linear map; see there."""
 
     def build(
-        self, base: nn.Linear, *, device: torch.device | str, dtype: torch.dtype
+        self, base: nn.Module, *, device: torch.device | str, dtype: torch.dtype
     ) -> LoRALinear:
-        """Return the layer around ``base``, with factors on ``device``."""
-        return LoRALinear(base, self.rank, self.alpha, device=device, dtype=dtype)
+        """Return the layer around ``base``, with factors of ``dtype`` on ``device``."""
+        return LoRALinear(base, **self.common(), device=device, dtype=dtype)

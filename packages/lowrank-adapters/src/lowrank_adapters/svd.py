@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from lowrank_adapters.layer import LowRankLinear, unit_rows
+from lowrank_adapters.layer import LowRankLinear
+from lowrank_adapters.maker import LowRankMaker
+from lowrank_adapters.starts import Components
 
 
 class SVDLinear(LowRankLinear):
@@ -16,12 +17,13 @@ class SVDLinear(LowRankLinear):
     Shapes: x (..., in), y (..., out), P (out, rank), λ and mask (rank,), Q (rank, in).
     Gradient: to p, lam, q and x; never to the base; none to masked components.
     Saved: p, lam, q and rank_mask (bool).
-    Start: columns of P and rows of Q of unit norm, λ = 0, so that y = base(x).
+    Start: columns of P and rows of Q of unit norm, λ = 0, so that y = base(x). The product of
+    another start is masked with its component, so that a masked one contributes nothing.
     Paper: AdaLoRA (arXiv 2303.10512), section 3.1. Deviation: s stays alpha / initial rank when
-    components are masked.
+    components are masked. See `LowRankLinear` for the rest.
 
     Raises:
-        AdapterError: the rank does not fit the base.
+        AdapterError: the base is no linear map, or the rank does not fit it.
 
     >>> layer = SVDLinear(nn.Linear(4, 3), rank=2, alpha=2.0)
     >>> sorted(name for name, _ in layer.named_parameters())
@@ -31,48 +33,33 @@ class SVDLinear(LowRankLinear):
     roles: ClassVar[tuple[str, ...]] = ("p", "lam", "q")
     rank_mask: Tensor
 
-    def __init__(
-        self,
-        base: nn.Linear,
-        rank: int,
-        alpha: float,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(base, rank, alpha)
-        p, q = unit_rows(rank, self.out_features), unit_rows(rank, self.in_features)
-        self.p = nn.Parameter(p.to(device, dtype).T)
-        self.lam = nn.Parameter(torch.zeros(rank, device=device, dtype=dtype))
-        self.q = nn.Parameter(q.to(device, dtype))
-        self.register_buffer("rank_mask", torch.ones(rank, dtype=torch.bool, device=device))
+    def _make_factors(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.p = nn.Parameter(
+            torch.empty(self.rank, self.out_features, device=device, dtype=dtype).T
+        )
+        self.lam = nn.Parameter(torch.empty(self.rank, device=device, dtype=dtype))
+        self.q = nn.Parameter(torch.empty(self.rank, self.in_features, device=device, dtype=dtype))
+        mask = torch.ones(self.rank, dtype=torch.bool, device=device)
+        self.register_buffer("rank_mask", mask)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y (..., out) for x (..., in)."""
-        scale = self.lam * self.rank_mask * self.scaling
-        hidden = functional.linear(x, self.q.to(x.dtype)) * scale.to(x.dtype)
-        y: Tensor = self.base(x) + functional.linear(hidden, self.p.to(x.dtype))
-        return y
+    def _place_(self, components: Components) -> None:
+        self.p.copy_(components.columns)
+        self.lam.copy_(components.values)
+        self.q.copy_(components.rows)
 
-    @torch.no_grad()
-    def as_lora(self) -> tuple[Tensor, Tensor]:
-        """Return Q (k, in) and P·diag(s·λ) (out, k) of the k components that are not masked."""
-        live = self.rank_mask
-        # A product of two narrow numbers needs the wider ones.
-        wide = torch.promote_types(self.p.dtype, torch.float32)
-        p, lam = self.p.detach()[:, live].to(wide), self.lam.detach()[live].to(wide)
-        return self.q.detach()[live], p * (lam * self.scaling)
+    def _factored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.q.to(dtype), self.p.to(dtype) * (self.lam.to(dtype) * self.rank_mask)
+
+    def _component_weights(self, dtype: torch.dtype) -> Tensor:
+        return self.rank_mask
 
 
 @dataclass(frozen=True)
-class SVD:
-    """Makes an `SVDLinear` of a linear layer; see there."""
-
-    rank: int
-    alpha: float
+class SVD(LowRankMaker):
+    """Makes a `SVDLinear` of a linear map; see there."""
 
     def build(
-        self, base: nn.Linear, *, device: torch.device | str, dtype: torch.dtype
+        self, base: nn.Module, *, device: torch.device | str, dtype: torch.dtype
     ) -> SVDLinear:
-        """Return the layer around ``base``, with factors on ``device``."""
-        return SVDLinear(base, self.rank, self.alpha, device=device, dtype=dtype)
+        """Return the layer around ``base``, with factors of ``dtype`` on ``device``."""
+        return SVDLinear(base, **self.common(), device=device, dtype=dtype)

@@ -1,70 +1,60 @@
-"""The allocator: scores all components, and lets exactly the scheduled number live."""
+"""The allocator: scores all components, and lets as many live as the budget says."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from rank_budget.arrange import Limits, layout_of
+from rank_budget.costs import Cost, cost_named
 from rank_budget.errors import BudgetError
+from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices
+from rank_budget.plan import Direction, Plan, costs_of
+from rank_budget.record import (
+    Allocation,
+    check_alive,
+    check_same,
+    history_from,
+    history_state,
+    stats_of,
+)
+from rank_budget.roster import roster_of_layers, roster_of_stacks
 from rank_budget.schedules import Schedule
-from rank_budget.scores import SCORES, Score
-
-
-@dataclass(frozen=True)
-class RankedMatrices:
-    """Matrices of equal rank, as live views that the allocator reads and masks.
-
-    ``values``, ``gradients``: σ and ∇σ, (matrices, rank). ``rank_mask``: bool, (matrices, rank),
-    changed in place. ``names``: one per matrix, unique over all groups.
-    """
-
-    names: tuple[str, ...]
-    values: Tensor
-    gradients: Tensor
-    rank_mask: Tensor
-
-    def __post_init__(self) -> None:
-        rows = len(self.names)
-        for field in ("values", "gradients", "rank_mask"):
-            shape = tuple(getattr(self, field).shape)
-            if len(shape) != 2 or shape != (rows, *self.values.shape[1:]):
-                raise BudgetError(
-                    f"{field} has the shape {shape}, expected ({rows}, rank) for the {rows} names."
-                )
-        if self.rank_mask.dtype != torch.bool:
-            raise BudgetError(f"rank_mask is {self.rank_mask.dtype}, expected torch.bool.")
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """One pruning: after which step, how many components fell, how many live."""
-
-    step: int
-    pruned: int
-    live: int
+from rank_budget.scores import Score, ScoreMethod, score_named
+from rank_budget.selection import by_matrix, grow_to_budget, per_group, prune_to_budget
 
 
 class RankAllocator:
-    """Prunes the components of least score, over all matrices, to a schedule's budget.
+    """Lets the components of best score live, over all matrices, within a schedule's budget.
+
+    ``layers``: `RankedLayer` by name, such as `ranked_layers` finds, or live stacks of λ, with
+    stacks of P and Q as ``factors`` if the score reads them. ``score``: "sensitivity",
+    "magnitude", a function of λ and ∇λ, or an object such as `SmoothedSensitivity`. ``cost``: what
+    the budget counts: "ranks", "parameters", "bytes", or a function of output and input width.
+    ``limits``: floors, ceilings, groups. ``direction``: "prune", for good; "regrow", as AdaLoRA,
+    where λ of what falls is put to zero, goes on learning, and all are chosen from anew until the
+    budget is final; "grow", from a small start. ``missing``: "refuse" matrices without a gradient,
+    or "skip" them: they keep their averages, and fall last. ``total_steps``: checks that the
+    schedule ends in time, and tells it where it is late to know.
 
     Each optimizer step: `score` reads values and gradients before the optimizer changes them, and
-    `step` counts the step after it and prunes if the schedule says so. Exactly the scheduled
-    number survives; among equal scores the later matrix by name, and within it the later
-    component, survives, so that every process of a job prunes the same. A pruned component never
-    returns. A score that is NaN counts as the highest: pruning it would hide the fault.
+    `step` counts the step after it, and allocates if the schedule says so. Gradients are those of
+    the whole step: accumulated over micro-batches, unscaled, reduced over processes. `step` alone
+    does both; it then reads one flag from the device, and leaves out a step that is not finite.
 
-    Everything stays on the device: `ranks` alone reads it back. The number of tensor operations
-    depends on the number of groups, not of matrices.
+    Exactly the scheduled number of ranks survives; of other costs, as much as fits. Among equal
+    scores the later matrix by name, and within it the later component, survives, so that every
+    process of a job prunes the same. A score that is NaN counts as the highest: pruning it would
+    hide the fault. The number of tensor operations depends on the number of different shapes, not
+    of matrices.
 
-    Saved: steps, live count, history, masks.
-    Paper: section 3.2 and Appendix D.
+    Saved: steps, masks, averages, history.
+    Paper: section 3.2 and Appendix D; AdaLoRA (arXiv 2303.10512), Algorithm 1.
 
     Raises:
-        BudgetError: no matrix, a name given twice, an unknown score, or a schedule that starts
-            with another number of components than the masks.
+        BudgetError: no matrix, a name given twice, a wrong choice, a schedule that starts with
+            another budget than the masks, or limits that its end cannot meet.
 
     >>> from rank_budget import FixedPruning
     >>> sigma = torch.tensor([[3.0, 0.1], [2.0, 1.0]])
@@ -74,96 +64,215 @@ class RankAllocator:
     >>> allocator = RankAllocator([matrices], schedule)
     >>> allocator.score()
     >>> allocator.step()
-    Allocation(step=1, pruned=1, live=3)
+    Allocation(step=1, budget=3, pruned=1, grown=0, live=3, threshold=0.1)
     >>> allocator.ranks()
     {'first': 1, 'second': 2}
     """
 
+    @torch.no_grad()
     def __init__(
         self,
-        matrices: Sequence[RankedMatrices],
+        layers: Mapping[str, RankedLayer] | Sequence[RankedMatrices],
         schedule: Schedule,
         *,
-        score: str | Score = "sensitivity",
+        factors: Sequence[RankedFactors] = (),
+        score: str | Score | ScoreMethod = "sensitivity",
+        cost: str | Cost = "ranks",
+        limits: Limits | None = None,
+        direction: Direction = "prune",
+        missing: Literal["refuse", "skip"] = "refuse",
+        total_steps: int | None = None,
     ) -> None:
-        names = [name for group in matrices for name in group.names]
-        if not names or len(set(names)) != len(names):
-            raise BudgetError(f"matrices must have unique names, got {names}.")
-        if isinstance(score, str) and score not in SCORES:
-            raise BudgetError(f"score is {score!r}, expected {' or '.join(SCORES)}, or a function.")
-        self._matrices = list(matrices)
-        self._score = SCORES[score] if isinstance(score, str) else score
-        self._schedule = schedule
-        self._scores: Tensor | None = None
-        self._order = _order_by_name(self._matrices)
+        if missing not in ("refuse", "skip"):
+            raise BudgetError(f"missing is {missing!r}, expected refuse or skip.")
+        method, limits = score_named(score), limits or Limits()
+        if isinstance(layers, Mapping):
+            roster = roster_of_layers(layers, method.roles, limits)
+        else:
+            roster = roster_of_stacks(layers, factors, method.roles, limits)
+        limits.check(list(roster.ranks))
+        costs = costs_of(roster, cost_named(cost))
+        self._roster = roster
+        self._layout = layout_of(
+            roster.ranks, costs=costs, limits=limits, device=roster.alive.device
+        )
+        self._missing = missing
+        self._scorer = method.start(roster.blocks, roster.ranks)
+        self._pending: set[str] | None = None
+        self._scored = False
+        self._importance = torch.zeros_like(roster.alive, dtype=torch.float32)
+        self._lowest = torch.full_like(self._importance[:1], -torch.inf)
+        self._changed = torch.zeros_like(self._layout.matrix)
+        self._all = torch.ones_like(roster.alive)
         self.steps = 0
+        self.skipped = 0
         self.history: list[Allocation] = []
-        self.total_ranks = sum(group.rank_mask.numel() for group in matrices)
-        self.live_ranks = sum(int(group.rank_mask.sum()) for group in matrices)
-        if schedule.initial != self.live_ranks:
+        self._alive, start = self._start(schedule, direction)
+        self._plan = Plan(schedule, direction, start, roster.alive.device)
+        self._budget = schedule.initial
+        self._live: int | None = int(self._alive.sum())
+        if total_steps is not None:
+            self.set_total_steps(total_steps)
+        self._plan.check_limits(roster, limits, costs)
+        self._apply(written=direction == "grow")
+
+    def _start(self, schedule: Schedule, direction: Direction) -> tuple[Tensor, list[int]]:
+        """Return what is alive at the start, and by what the groups share the budget."""
+        alive = self._roster.alive.clone()
+        parts: list[int] = per_group(self._layout.cost * alive, self._layout).tolist()
+        if direction == "grow":
+            plan = Plan(schedule, direction, parts, alive.device)
+            shares = plan.shares(schedule.initial)
+            nothing = torch.zeros_like(alive)
+            scores = torch.zeros_like(self._importance)
+            return grow_to_budget(scores, nothing, self._layout, shares), parts
+        if schedule.initial != sum(parts):
+            unit = "components" if self._layout.even else "of their cost"
             raise BudgetError(
-                f"the schedule starts with {schedule.initial} components, but the masks have "
-                f"{self.live_ranks}; build it with initial={self.live_ranks}."
+                f"the schedule starts with {schedule.initial} {unit}, but the masks have "
+                f"{sum(parts)}; build it with initial={sum(parts)}."
             )
+        return alive, parts
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Tell the schedule the length of the training, before the first step; see the class."""
+        self._plan.set_total_steps(total_steps)
+
+    @property
+    def total_ranks(self) -> int:
+        """Components of all matrices, dead or alive."""
+        return self._alive.numel()
+
+    @property
+    def live_ranks(self) -> int:
+        """Components alive; where the budget counts ranks, known without a read of the device."""
+        if self._live is None:
+            self._live = self.history[-1].live
+        return self._live
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule, with what it was told."""
+        return self._plan.schedule
+
+    def dead_stay_dead(self) -> bool:
+        """Return whether what is dead can no longer return."""
+        return self._plan.direction == "prune" or self._plan.is_final(self.steps)
 
     @torch.no_grad()
     def score(self) -> None:
-        """Read the scores of this step, if it will prune."""
-        self._scores = None
-        if self._surplus(self.steps + 1) > 0:
-            scores = [self._score(group.values, group.gradients) for group in self._matrices]
-            self._scores = torch.cat([part.flatten() for part in scores])
+        """Read this step's values and gradients, if the score or an allocation needs them.
 
-    def _surplus(self, step: int) -> int:
-        return self.live_ranks - self._schedule.live_ranks(step)
+        What was read counts when `step` is called; a step that is not taken leaves no trace.
+
+        Raises:
+            BudgetError: a matrix has no gradient, and ``missing`` is "refuse".
+        """
+        step = self.steps + 1
+        self._scored, self._pending = True, None
+        if self._scorer.every_step:
+            needed = self._plan.learns(step)
+        else:
+            needed = self._plan.due(step, self._budget)
+        if not needed:
+            return
+        missing = self._scorer.read()
+        if missing and self._missing == "refuse":
+            raise BudgetError(
+                f"{len(missing)} matrices, such as {min(missing)}, have no gradient at step "
+                f"{step}; call score or step after the backward pass and before zero_grad, or give "
+                "missing='skip' for modules that are frozen or unused."
+            )
+        self._pending = missing
+
+    def is_finite(self) -> bool:
+        """Return whether what `score` has read is finite; this reads one flag from the device."""
+        return self._pending is None or self._scorer.is_finite()
+
+    def skip(self) -> None:
+        """Forget what `score` has read: the step was not taken."""
+        self._scored, self._pending = False, None
+        self.skipped += 1
 
     @torch.no_grad()
     def step(self) -> Allocation | None:
-        """Count an optimizer step; prune if the schedule says so, and return what was done.
+        """Count an optimizer step; allocate if the schedule says so, and return what was done.
 
-        Raises:
-            BudgetError: this step prunes, and `score` was not called before it.
+        Without `score` before it, it scores what is there, and skips a step that is not finite.
         """
-        surplus = self._surplus(self.steps + 1)
-        if surplus > 0 and self._scores is None:
-            raise BudgetError(
-                f"step {self.steps + 1} prunes {surplus} components, but score() was not called; "
-                "call it after the backward pass and before the optimizer's step."
-            )
+        if not self._scored:
+            self.score()
+            if not self.is_finite():
+                self.skip()
+                return None
+        if self._pending is not None:
+            self._scorer.commit()
         self.steps += 1
-        if surplus <= 0:
-            return None
-        assert self._scores is not None
-        self._prune(self._scores, surplus)
-        self._scores = None
-        self.live_ranks -= surplus
-        allocation = Allocation(self.steps, surplus, self.live_ranks)
+        allocation = None
+        if self._plan.due(self.steps, self._budget):
+            allocation = self._allocate()
+        self._apply(written=allocation is not None)
+        self._scored, self._pending = False, None
+        return allocation
+
+    def _allocate(self) -> Allocation:
+        budget = self._plan.schedule.live_ranks(self.steps)
+        scores, before, layout = self._scorer.scores(), self._alive, self._layout
+        shares = self._plan.shares(budget)
+        if self._plan.direction == "grow":
+            self._alive = grow_to_budget(scores, before, layout, shares)
+        else:
+            pool = self._all if self._plan.direction == "regrow" else before
+            spared = self._roster.components_of(self._pending) if self._pending else None
+            self._alive = prune_to_budget(scores, pool, layout, shares, spared)
+        changes = before ^ self._alive
+        self._importance = scores
+        self._changed.masked_fill_(changes, self.steps)
+        stats = stats_of(scores, before, changes, self._lowest)
+        allocation = Allocation(self.steps, budget, stats)
+        self._budget = budget
+        self._live = budget if layout.even else None
         self.history.append(allocation)
         return allocation
 
-    def _prune(self, scores: Tensor, count: int) -> None:
-        masks = [group.rank_mask for group in self._matrices]
-        alive = torch.cat([mask.flatten() for mask in masks])
-        pruned = prune_lowest(scores[self._order], alive[self._order], count)
-        alive[self._order] = pruned
-        for mask, part in zip(
-            masks, torch.split(alive, [mask.numel() for mask in masks]), strict=True
-        ):
-            mask.copy_(part.view_as(mask))
+    def _apply(self, *, written: bool) -> None:
+        """Put the masks where layers read them, or λ to zero where they read none."""
+        roster, plan = self._roster, self._plan
+        if plan.direction == "regrow" and not plan.is_final(self.steps):
+            actions = roster.zeroers if written else ()
+        else:
+            actions = [*(roster.writers if written else ()), *roster.silencers]
+        for action in actions:
+            action(self._alive)
 
     def ranks(self) -> dict[str, int]:
         """Return the live components of each matrix; the one read from the device."""
-        counts = torch.cat([group.rank_mask.sum(1) for group in self._matrices]).tolist()
-        names = [name for group in self._matrices for name in group.names]
-        return dict(zip(names, counts, strict=True))
+        counts = by_matrix(self._alive, self._layout).tolist()
+        return dict(zip(self._roster.ranks, counts, strict=True))
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return what is alive of each matrix, bool, (rank,), by name."""
+        return self._roster.by_matrix(self._alive.clone())
+
+    def importance(self) -> dict[str, Tensor]:
+        """Return the scores of the last allocation, (rank,), by name; zero before the first."""
+        return self._roster.by_matrix(self._importance)
+
+    def changed(self) -> dict[str, Tensor]:
+        """Return the step at which each component last fell or woke up, 0 if never, by name."""
+        return self._roster.by_matrix(self._changed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return steps, live count, history and live masks, as plain values and tensors."""
+        """Return steps, masks, averages and history, as plain values and tensors; some are live."""
         return {
             "steps": self.steps,
-            "live_ranks": self.live_ranks,
-            "history": [asdict(allocation) for allocation in self.history],
-            "masks": [group.rank_mask for group in self._matrices],
+            "skipped": self.skipped,
+            "budget": self._budget,
+            "matrices": [[name, rank] for name, rank in self._roster.ranks.items()],
+            "alive": self._alive,
+            "changed": self._changed,
+            "score": self._scorer.state_dict(),
+            "history": history_state(self.history),
         }
 
     @torch.no_grad()
@@ -171,53 +280,19 @@ class RankAllocator:
         """Restore what `state_dict` returned; masks are changed in place.
 
         Raises:
-            BudgetError: the state is of other matrices, or contradicts itself.
+            BudgetError: the state is of other matrices or another score.
         """
-        masks = [group.rank_mask for group in self._matrices]
-        here = [tuple(mask.shape) for mask in masks]
-        saved = [tuple(mask.shape) for mask in state["masks"]]
-        if saved != here:
-            raise BudgetError(f"the saved masks have the shapes {saved}, but the matrices {here}.")
-        live = sum(int(mask.sum()) for mask in state["masks"])
-        if live != state["live_ranks"]:
-            raise BudgetError(
-                f"the saved masks have {live} live components, but live_ranks is "
-                f"{state['live_ranks']}; the state is damaged."
-            )
-        for mask, value in zip(masks, state["masks"], strict=True):
-            mask.copy_(value)
-        self._scores = None
-        self.steps = int(state["steps"])
-        self.live_ranks = live
-        self.history = [Allocation(**entry) for entry in state["history"]]
-
-
-def prune_lowest(scores: Tensor, alive: Tensor, count: int) -> Tensor:
-    """Return ``alive`` without its ``count`` components of least score; ties fall from the front.
-
-    Shapes: scores, alive and the result (components,). A NaN score counts as the highest.
-
-    >>> scores = torch.tensor([1.0, 0.5, 0.5, 9.0])
-    >>> prune_lowest(scores, torch.tensor([True, True, True, False]), 1)
-    tensor([ True, False,  True, False])
-    """
-    worth = scores.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-    # Live components come first in the order, whatever their score; the sorts keep ties in place.
-    by_score = worth.argsort(stable=True)
-    order = by_score[alive[by_score].logical_not().to(torch.uint8).argsort(stable=True)]
-    survivors = alive.clone()
-    survivors[order[:count]] = False
-    return survivors
-
-
-def _order_by_name(matrices: Sequence[RankedMatrices]) -> Tensor:
-    """Return the positions of all components, flattened group by group, in the order of names."""
-    places: list[tuple[str, int, int]] = []
-    start = 0
-    for group in matrices:
-        rank = group.values.shape[1]
-        for name in group.names:
-            places.append((name, start, rank))
-            start += rank
-    order = [index for _, first, rank in sorted(places) for index in range(first, first + rank)]
-    return torch.tensor(order, device=matrices[0].rank_mask.device)
+        here = [[name, rank] for name, rank in self._roster.ranks.items()]
+        check_same(state["matrices"], here, "(name, rank)")
+        check_alive(state["alive"], self._alive, state["budget"] if self._layout.even else None)
+        self._scorer.load_state_dict(state["score"])
+        self._alive = state["alive"].to(self._alive.device).clone()
+        self._changed = state["changed"].to(self._alive.device).clone()
+        self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
+        self._budget = int(state["budget"])
+        self._live = int(self._alive.sum())
+        self.history = history_from(state["history"], self._alive.device)
+        self._scored, self._pending = False, None
+        # In regrowth λ of what fell has learned on, and is the model's to restore.
+        if self._plan.direction != "regrow" or self.dead_stay_dead():
+            self._apply(written=True)

@@ -1,55 +1,28 @@
-"""The ranks that are left, as text and as a picture."""
+"""Ranks, budgets and scores as pictures; each function returns a matplotlib figure."""
 
-import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from rank_budget.errors import BudgetError
+from rank_budget.record import Allocation
+from rank_budget.schedules import Schedule
+from rank_budget.tables import changes_of, grid_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
-
-def _grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
-    """Return layers, modules and the rank at each pair; a name without a number has layer ""."""
-    found = {name: _LAYER.search(name) for name in ranks}
-    # Two towers, such as an encoder and a decoder, have modules of the same name at a layer.
-    towers = {name[: match.start()] for name, match in found.items() if match}
-    cells: dict[tuple[str, str], int] = {}
-    for name, match in found.items():
-        layer, tower, module = "", "", name
-        if match:
-            layer, tower, module = match[1], name[: match.start()], name[match.end() :]
-        prefix = f"{tower}." if tower and len(towers) > 1 else ""
-        cells[layer, prefix + module] = ranks[name]
-    layers = sorted({layer for layer, _ in cells}, key=lambda text: int(text or -1))
-    modules = list(dict.fromkeys(module for _, module in cells))
-    return layers, modules, cells
-
-
-def rank_table(ranks: Mapping[str, int], initial: int) -> str:
-    """Return the live ranks as lines of text, layers by modules.
-
-    ``ranks``: live components by module name, the layer being the first number in it.
-    ``initial``: components per matrix at the start.
-
-    >>> print(rank_table({"layers.0.q_proj": 3, "layers.0.v_proj": 1, "layers.1.q_proj": 0}, 4))
-    layer  q_proj  v_proj
-    0           3       1
-    1           0       -
-    4 of 12 ranks
-    """
-    layers, modules, cells = _grid(ranks)
-    widths = [max(6, len(module)) for module in modules]
-    lines = ["  ".join(["layer", *(f"{m:>{w}}" for m, w in zip(modules, widths, strict=True))])]
-    for layer in layers:
-        row = [str(cells.get((layer, module), "-")) for module in modules]
-        padded = (f"{text:>{width}}" for text, width in zip(row, widths, strict=True))
-        lines.append("  ".join([f"{layer:<5}", *padded]))
-    lines.append(f"{sum(ranks.values())} of {initial * len(ranks)} ranks")
-    return "\n".join(lines)
+def _figure(caller: str, width: float, height: float) -> "tuple[Figure, Any]":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        message = f"{caller} draws with matplotlib; pip install 'rank-budget[plot]'."
+        raise BudgetError(message) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def rank_heatmap(ranks: Mapping[str, int], initial: int) -> "Figure":
@@ -62,15 +35,10 @@ def rank_heatmap(ranks: Mapping[str, int], initial: int) -> "Figure":
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['3', '1']
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        message = "rank_heatmap draws with matplotlib; pip install 'rank-budget[plot]'."
-        raise BudgetError(message) from error
-    layers, modules, cells = _grid(ranks)
+    layers, modules, cells = grid_of(ranks)
+    size = (2 + 0.9 * len(modules), 1.6 + 0.4 * len(layers))
+    figure, axes = _figure("rank_heatmap", *size)
     values = [[cells.get((layer, m), float("nan")) for m in modules] for layer in layers]
-    figure = Figure(figsize=(2 + 0.9 * len(modules), 1.6 + 0.4 * len(layers)), layout="constrained")
-    axes = figure.subplots()
     image = axes.imshow(values, vmin=0, vmax=initial, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(modules)), modules, rotation=30, ha="right")
     axes.set_yticks(range(len(layers)), layers)
@@ -82,4 +50,93 @@ def rank_heatmap(ranks: Mapping[str, int], initial: int) -> "Figure":
                 shade = "black" if rank > 0.6 * initial else "white"
                 axes.text(column, row, str(rank), ha="center", va="center", color=shade)
     figure.colorbar(image, ax=axes, label="ranks")
+    return figure
+
+
+def schedule_plot(schedule: Schedule, total_steps: int) -> "Figure":
+    """Return a matplotlib figure of a schedule: the budget over the steps.
+
+    Raises:
+        BudgetError: matplotlib is not installed.
+
+    >>> from rank_budget import FixedPruning
+    >>> figure = schedule_plot(FixedPruning(initial=8, budget=4, count=2, interval=100), 300)
+    >>> figure.axes[0].lines[0].get_xydata().tolist()
+    [[0.0, 8.0], [100.0, 6.0], [200.0, 4.0], [300.0, 4.0]]
+    """
+    figure, axes = _figure("schedule_plot", 6, 3)
+    changes = changes_of(schedule, total_steps)
+    changes.append((total_steps, changes[-1][1]))
+    axes.step(*zip(*changes, strict=True), where="post", color="tab:green")
+    axes.set(xlabel="optimizer step", ylabel="budget", ylim=(0, None))
+    return figure
+
+
+def rank_timeline(
+    history: Sequence[Allocation], initial: int, changed: Mapping[str, Tensor] | None = None
+) -> "Figure":
+    """Return a matplotlib figure of the live ranks over the steps.
+
+    ``history``: of a `RankAllocator`; ``initial``: ranks of all matrices at the start.
+    ``changed``: what `RankAllocator.changed` returns, for a line per kind of module; of use where
+    components fell for good.
+
+    Raises:
+        BudgetError: matplotlib is not installed.
+
+    >>> history = [Allocation(2, 3, torch.tensor([1.0, 1, 3, 0.5]))]
+    >>> rank_timeline(history, initial=4).axes[0].lines[0].get_xydata().tolist()
+    [[0.0, 4.0], [2.0, 3.0]]
+    """
+    figure, axes = _figure("rank_timeline", 6, 3)
+    points = [(0, initial), *((done.step, done.live) for done in history)]
+    axes.step(*zip(*points, strict=True), where="post", color="black", label="all")
+    for module, fallen in _fallen_by_module(changed or {}).items():
+        live = [(fallen.logical_not() | (fallen > step)).sum().item() for step, _ in points]
+        axes.step([step for step, _ in points], live, where="post", label=module)
+    axes.set(xlabel="optimizer step", ylabel="live ranks", ylim=(0, None))
+    if changed:
+        axes.legend(loc="best")
+    return figure
+
+
+def _fallen_by_module(changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the steps at which the components of each kind of module fell, 0 if never."""
+    place = {name: number for number, name in enumerate(changed)}
+    listed = list(changed.values())
+    _, modules, cells = grid_of(place)
+    return {
+        module: torch.cat([listed[place] for (_, kind), place in cells.items() if kind == module])
+        for module in modules
+    }
+
+
+def importance_histogram(
+    importance: Mapping[str, Tensor], threshold: float | None = None, bins: int = 40
+) -> "Figure":
+    """Return a matplotlib figure of the scores of all components, on a logarithmic axis.
+
+    ``importance``: what `RankAllocator.importance` returns. ``threshold``: the highest score that
+    fell, drawn as a line. Scores of zero, which have no logarithm, are counted in the title.
+
+    Raises:
+        BudgetError: matplotlib is not installed.
+
+    >>> figure = importance_histogram({"w": torch.tensor([0.0, 0.1, 10.0])}, threshold=0.1)
+    >>> figure.axes[0].get_title()
+    '3 components, 1 with a score of zero'
+    """
+    figure, axes = _figure("importance_histogram", 6, 3)
+    scores = torch.cat([part.double().cpu() for part in importance.values()])
+    shown = scores[scores.isfinite() & (scores > 0)]
+    if shown.numel():
+        low, high = float(shown.min().log10()), float(shown.max().log10())
+        edges = torch.logspace(low - 0.01, high + 0.01, bins + 1, dtype=torch.float64)
+        axes.hist(shown.tolist(), bins=edges.tolist(), color="tab:blue")
+        axes.set_xscale("log")
+    if threshold is not None and threshold > 0:
+        axes.axvline(threshold, color="tab:red")
+    zeros = int((scores == 0).sum())
+    axes.set(xlabel="importance", ylabel="components")
+    axes.set_title(f"{scores.numel()} components, {zeros} with a score of zero")
     return figure

@@ -1,8 +1,14 @@
-"""How important a component is: pure functions of its value and its gradient."""
+"""How important a component is: pure functions of λ and its gradient, and what serves a score."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from rank_budget.errors import BudgetError
+from rank_budget.stacks import Block, Gather
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,4 +36,121 @@ def magnitude(values: Tensor, gradients: Tensor) -> Tensor:
     return values.abs()
 
 
+class Scorer(Protocol):
+    """A score at work on the factors of one allocator.
+
+    ``every_step``: it has averages, and reads every step, not only those that allocate.
+    """
+
+    every_step: bool
+
+    def read(self) -> set[str]:
+        """Take what this step offers; return the matrices that had no gradient."""
+
+    def is_finite(self) -> bool:
+        """Return whether what was read is finite; this reads the device."""
+
+    def commit(self) -> None:
+        """Make what was read part of the averages."""
+
+    def scores(self) -> Tensor:
+        """Return (components,), in the order of all components."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages; tensors are live."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, in place."""
+
+
+@runtime_checkable
+class ScoreMethod(Protocol):
+    """A score with averages of its own; ``roles``: the factors that it reads, "lam" first."""
+
+    roles: ClassVar[tuple[str, ...]]
+
+    def start(self, blocks: Sequence[Block], order: Mapping[str, int]) -> Scorer:
+        """Return the score at work on ``blocks``; ``order``: the rank of each matrix, in order."""
+
+
+@dataclass(frozen=True)
+class Momentary:
+    """A function of λ and ∇λ of the step, as a `ScoreMethod` without a state."""
+
+    function: Score
+    roles: ClassVar[tuple[str, ...]] = ("lam",)
+
+    def start(self, blocks: Sequence[Block], order: Mapping[str, int]) -> "_MomentaryScorer":
+        """Return the function at work."""
+        return _MomentaryScorer(self.function, blocks, order)
+
+
+class _MomentaryScorer:
+    every_step = False
+
+    def __init__(self, function: Score, blocks: Sequence[Block], order: Mapping[str, int]) -> None:
+        self._function = function
+        self._blocks = blocks
+        self._gather = Gather(blocks, order)
+        self._scores = torch.zeros(0)
+
+    def read(self) -> set[str]:
+        missing: set[str] = set()
+        parts = []
+        for block in self._blocks:
+            values, grads = block.read()
+            found = [
+                torch.zeros_like(value) if grad is None else grad
+                for value, grad in zip(values, grads, strict=True)
+            ]
+            if self._function is not magnitude:
+                pairs = zip(block.names, grads, strict=False)
+                missing |= {name for name, grad in pairs if grad is None}
+            stacks = (block.per_component(block.stack(part)) for part in (values, found))
+            parts.append(self._function(*(wide(stack.squeeze(-1)) for stack in stacks)))
+        self._scores = self._gather(parts)
+        return missing
+
+    def is_finite(self) -> bool:
+        return bool(self._scores.isfinite().all())
+
+    def commit(self) -> None:
+        """Nothing is kept."""
+
+    def scores(self) -> Tensor:
+        return self._scores
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_keys(state, {})
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return values at no less than float32: a product of narrow ones vanishes."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def check_keys(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse the averages of another score."""
+    if state.keys() != expected.keys():
+        saved, here = (", ".join(keys) or "nothing" for keys in (state, expected))
+        raise BudgetError(
+            f"the saved score keeps {saved}, but this one {here}; make the allocator with the "
+            "score that it was saved with."
+        )
+
+
 SCORES: Mapping[str, Score] = {"sensitivity": sensitivity, "magnitude": magnitude}
+
+
+def score_named(score: "str | Score | ScoreMethod") -> ScoreMethod:
+    """Return a score by name, a function of λ and ∇λ, or a score with averages, as a method."""
+    if isinstance(score, str):
+        if score not in SCORES:
+            raise BudgetError(
+                f"score is {score!r}, expected {' or '.join(SCORES)}, or a function or object."
+            )
+        return Momentary(SCORES[score])
+    return score if isinstance(score, ScoreMethod) else Momentary(score)

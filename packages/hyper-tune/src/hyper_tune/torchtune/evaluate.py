@@ -143,7 +143,11 @@ def greedy(
 
 def _prompt(tokenizer: Any, turns: list[Message]) -> list[int]:
     asked = [*turns, Message(role="assistant", content="")]
-    return list(tokenizer({"messages": asked}, inference=True)["tokens"])
+    tokens = list(tokenizer({"messages": asked}, inference=True)["tokens"])
+    # Qwen's tokenizer closes the turn that is to be written even so.
+    while tokens[-1] in tokenizer.stop_tokens:
+        tokens.pop()
+    return tokens
 
 
 def _text(tokenizer: Any, answer: list[int]) -> str:

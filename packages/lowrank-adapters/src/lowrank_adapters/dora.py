@@ -1,0 +1,156 @@
+"""DoRA: magnitudes of a matrix' rows learned apart from their directions."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_adapters.errors import AdapterError
+from lowrank_adapters.layer import LowRankLinear
+from lowrank_adapters.lora import LoRALinear
+from lowrank_adapters.maker import LowRankMaker
+from lowrank_adapters.maps import LinearMap, dense_matrix
+from lowrank_adapters.starts import Components
+
+
+class DoRALinear(LoRALinear):
+    """y = bias + g ∘ (W x + s · B A x), g = magnitude / ‖W + s · B A‖, row by row.
+
+    Shapes: x (..., in), y (..., out), A (rank, in), B (out, rank), magnitude and norms (out,).
+    Gradient: to a, b, magnitude and x; never to the base. Through the norm only where
+    ``detach_norm`` is False. Saved: a, b and magnitude.
+    Start: rows of A of unit norm, B = 0, magnitude = ‖W‖, so that y = base(x).
+    Cost: the norms are had from ‖W‖², W Aᵀ and r x r products; the matrix B A is never made. W Aᵀ
+    is a product of ``base`` with k more rows. ‖W‖ is computed once.
+    Paper: DoRA (arXiv 2402.09353), equation 5 and, for the detached norm, section 4.3. Deviation:
+    ``dropout`` acts on what B A gets, not on W's part of g ∘ W x. See `LowRankLinear` for the rest.
+
+    Raises:
+        AdapterError: the base is no linear layer, or the rank does not fit it.
+
+    >>> layer = DoRALinear(nn.Linear(4, 3), rank=2, alpha=2.0)
+    >>> [name for name, _ in layer.factors()]
+    ['a', 'b', 'magnitude']
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
+    map: LinearMap
+    row_norms: Tensor
+
+    def __init__(
+        self, base: nn.Module, rank: int, alpha: float, *, detach_norm: bool = True, **options: Any
+    ) -> None:
+        super().__init__(base, rank, alpha, **options)
+        self.detach_norm = detach_norm
+
+    def _make_factors(self, device: torch.device, dtype: torch.dtype) -> None:
+        if not isinstance(self.map, LinearMap):
+            raise AdapterError(
+                f"DoRA is for linear layers, but this is a {type(self.base).__name__}; exclude it "
+                "or give it LoRA."
+            )
+        super()._make_factors(device, dtype)
+        self.magnitude = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype))
+        wide = torch.promote_types(dtype, torch.float32)
+        norms = torch.zeros(self.out_features, device=device, dtype=wide)
+        self.register_buffer("row_norms", norms, persistent=False)
+
+    def _read_base_(self) -> None:
+        if self._base_is_meta():
+            self.waiting = True
+            return
+        self.magnitude.copy_(dense_matrix(self.map, self.base).norm(dim=1))
+        # Rounded alike, so that their ratio is exactly one at the start.
+        self.row_norms.copy_(self.magnitude)
+
+    def _adapted(self, y: Tensor, x: Tensor) -> Tensor:
+        a, b = self.product()
+        z = self.map.update(y, x, a, b, self.scaling)
+        # g - 1, not g, is rounded to the dtype of y.
+        excess = (self._gain(a, b, x.dtype) - 1).to(y.dtype)
+        scaled = torch.addcmul(z, z, excess)
+        return scaled if self.bias is None else scaled - excess * self.bias.to(y.dtype)
+
+    def _gain(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+            norms = self._norms(a, b, dtype)
+        return self.magnitude / norms
+
+    def _norms(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """‖W + s B A‖ by row: ‖W‖² + s Σ_k B ∘ (2 W Aᵀ + s B A Aᵀ)."""
+        crossed = self.map.multiply(self.base, a.to(dtype)).T.to(self.row_norms.dtype)
+        a, b = a.to(crossed.dtype), b.to(crossed.dtype)
+        mixed = torch.addmm(crossed, b, a @ a.T, beta=2, alpha=self.scaling)
+        squares = self.row_norms.square() + self.scaling * (b * mixed).sum(1)
+        # A row of zeros has a norm that can be divided by, and stays zero.
+        return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """Return g ∘ (W + s · B A) - W, (out, in)."""
+        weight = dense_matrix(self.map, self.base)
+        turned = weight + super().delta()
+        norms = turned.norm(dim=1).clamp_min(torch.finfo(turned.dtype).tiny)
+        merged: Tensor = turned * (self.magnitude / norms)[:, None]
+        return merged - weight
+
+
+class ScaledLoRALinear(LoRALinear):
+    """y = base(x) + s · scale · x Aᵀ Bᵀ, with one learned number for the matrix.
+
+    Shapes, start and saved: as `LoRALinear`, and ``scale`` (1,), which starts at 1.
+    Gradient: to a, b, scale and x; never to the base.
+    Paper: what HyperAdaLoRA's Appendix B describes as DoRA, ΔW = s · B_dir A_dir with a scalar s.
+    See `LowRankLinear` for the rest.
+
+    Raises:
+        AdapterError: the base is no linear map, or the rank does not fit it.
+
+    >>> layer = ScaledLoRALinear(nn.Linear(4, 3), rank=2, alpha=2.0)
+    >>> layer.scale.detach()
+    tensor([1.])
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ("a", "b", "scale")
+
+    def _make_factors(self, device: torch.device, dtype: torch.dtype) -> None:
+        super()._make_factors(device, dtype)
+        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+
+    def _place_(self, components: Components) -> None:
+        super()._place_(components)
+        self.scale.fill_(1)
+
+    def _factored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        a, b = super()._factored(dtype)
+        return a, b * self.scale.to(dtype)
+
+
+@dataclass(frozen=True)
+class DoRA(LowRankMaker):
+    """Makes a `DoRALinear` of a linear layer, or a `ScaledLoRALinear` where asked for.
+
+    ``magnitude``: "rows", one for each output, as in the DoRA paper; or "scalar", one for the
+    matrix, as in HyperAdaLoRA's Appendix B. ``detach_norm``: see `DoRALinear`.
+
+    Raises:
+        AdapterError: a value that no layer can have.
+    """
+
+    magnitude: Literal["rows", "scalar"] = "rows"
+    detach_norm: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.magnitude not in ("rows", "scalar"):
+            raise AdapterError(f"magnitude is {self.magnitude!r}, expected 'rows' or 'scalar'.")
+
+    def build(
+        self, base: nn.Module, *, device: torch.device | str, dtype: torch.dtype
+    ) -> LowRankLinear:
+        """Return the layer around ``base``, with factors of ``dtype`` on ``device``."""
+        options = {**self.common(), "device": device, "dtype": dtype}
+        if self.magnitude == "scalar":
+            return ScaledLoRALinear(base, **options)
+        return DoRALinear(base, detach_norm=self.detach_norm, **options)

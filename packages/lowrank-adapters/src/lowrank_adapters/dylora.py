@@ -1,0 +1,162 @@
+"""DyLoRA: nested ranks, of which a step trains one and any can be used afterwards."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_adapters.errors import AdapterError
+from lowrank_adapters.layer import LowRankLinear
+from lowrank_adapters.lora import LoRALinear
+from lowrank_adapters.maker import LowRankMaker
+
+
+class DyLoRALinear(LoRALinear):
+    """y = base(x) + (alpha / b) · x A[:b]ᵀ B[:, :b]ᵀ for a rank b of 1 to ``rank``.
+
+    Shapes: as `LoRALinear`; ``rank_mask`` (rank,) is True for the first b components.
+    Gradient: to the first b rows of A and columns of B, and x; never to the base. With ``frozen``
+    only to those of component b: the others are read, and do not learn (an optimizer's momentum
+    or weight decay still moves them). Saved: a, b and rank_mask.
+    Start: as `LoRALinear`, b = ``rank``. The rank is a mask, so that a compiled layer serves all.
+    Paper: DyLoRA (arXiv 2210.07558), section 4.1. Ranks count from 1; the scaling is alpha / b, or
+    alpha / √b with ``rslora``. See `LowRankLinear` for the rest, `set_rank_` and `RankSampler`.
+
+    Raises:
+        AdapterError: the base is no linear map, or the rank does not fit it.
+
+    >>> layer = DyLoRALinear(nn.Linear(4, 3), rank=2, alpha=2.0)
+    >>> set_rank_({"layer": layer}, 1)
+    >>> [tuple(factor.shape) for factor in layer.as_lora()]
+    [(1, 4), (3, 1)]
+    """
+
+    rank_mask: Tensor
+    frozen: bool = False
+
+    def __init__(
+        self, base: nn.Module, rank: int, alpha: float, *, frozen: bool = False, **options: Any
+    ) -> None:
+        super().__init__(base, rank, alpha, **options)
+        self.frozen = frozen
+
+    def _make_factors(self, device: torch.device, dtype: torch.dtype) -> None:
+        super()._make_factors(device, dtype)
+        mask = torch.ones(self.rank, dtype=torch.bool, device=device)
+        self.register_buffer("rank_mask", mask)
+
+    def _factored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        a, b = super()._factored(dtype)
+        if self.frozen:
+            last = self._last()
+            a = torch.where(last[:, None], a, a.detach())
+            b = torch.where(last, b, b.detach())
+        return a, b * self._component_weights(dtype)
+
+    def _component_weights(self, dtype: torch.dtype) -> Tensor:
+        # alpha / rank times rank / b is alpha / b, and the same with roots.
+        ratio = self.rank / self.rank_mask.sum(dtype=dtype)
+        return self.rank_mask * (ratio.sqrt() if self.rslora else ratio)
+
+    def _last(self) -> Tensor:
+        following = torch.cat([self.rank_mask[1:], self.rank_mask.new_zeros(1)])
+        return self.rank_mask & ~following
+
+
+def set_rank_(layers: Mapping[str, LowRankLinear], rank: int) -> None:
+    """Let every DyLoRA layer use its first ``rank`` components, in training or inference.
+
+    A layer that has fewer uses all of its own; other layers stay as they are.
+
+    Raises:
+        AdapterError: no layer is a `DyLoRALinear`, or the rank is not from 1 to the largest.
+    """
+    nested = [layer for layer in layers.values() if isinstance(layer, DyLoRALinear)]
+    if not nested:
+        raise AdapterError("no layer has nested ranks; inject DyLoRA first.")
+    largest = max(layer.rank for layer in nested)
+    if not 1 <= rank <= largest:
+        raise AdapterError(f"rank is {rank}, expected 1 to {largest}, the largest of the layers.")
+    masks = {id(layer.rank_mask): layer.rank_mask for layer in nested}
+    for mask in masks.values():
+        mask.zero_()
+        mask[:rank].fill_(True)
+
+
+class RankSampler:
+    """Draws the one rank b that all layers use in a step, uniform over ``lowest`` to ``highest``.
+
+    The rank is a function of ``seed`` and the step alone: equal on all processes of a job, and
+    after a resumption. The layers of one rank share one mask from here on, so that a draw is two
+    tensor operations for each distinct rank, and no read of the device.
+
+    Saved: seed and bounds. The current rank is in the layers' masks.
+    Paper: DyLoRA, section 4.1, where b is drawn uniformly.
+
+    Raises:
+        AdapterError: no layer is a `DyLoRALinear`, or the bounds are not 1 <= lowest <= highest.
+
+    >>> layers = {"layer": DyLoRALinear(nn.Linear(4, 3), rank=3, alpha=3.0)}
+    >>> sampler = RankSampler(layers, seed=0)
+    >>> sorted({sampler.rank_at(step) for step in range(50)})
+    [1, 2, 3]
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LowRankLinear],
+        *,
+        seed: int,
+        lowest: int = 1,
+        highest: int | None = None,
+    ) -> None:
+        nested = {n: layer for n, layer in layers.items() if isinstance(layer, DyLoRALinear)}
+        largest = max((layer.rank for layer in nested.values()), default=0)
+        highest = largest if highest is None else highest
+        if not 1 <= lowest <= highest <= largest:
+            raise AdapterError(
+                f"ranks are drawn from {lowest} to {highest}, expected bounds from 1 to {largest}, "
+                "the largest rank of the DyLoRA layers."
+            )
+        self.seed, self.lowest, self.highest = seed, lowest, highest
+        self.layers = nested
+        masks: dict[tuple[int, torch.device], Tensor] = {}
+        for layer in nested.values():
+            shared = masks.setdefault((layer.rank, layer.rank_mask.device), layer.rank_mask)
+            layer.rank_mask = shared
+
+    def rank_at(self, step: int) -> int:
+        """Return the rank of a step."""
+        # A hash, so that neither a torch version nor a platform changes a resumed run.
+        digest = hashlib.blake2b(f"{self.seed} {step}".encode(), digest_size=8).digest()
+        return self.lowest + int.from_bytes(digest, "big") % (self.highest - self.lowest + 1)
+
+    def draw_(self, step: int) -> int:
+        """Let all layers use the rank of a step; return it. Call it before the forward pass."""
+        rank = self.rank_at(step)
+        set_rank_(self.layers, rank)
+        return rank
+
+    def state_dict(self) -> dict[str, int]:
+        """Return everything that changes the ranks of later steps."""
+        return {"seed": self.seed, "lowest": self.lowest, "highest": self.highest}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restore what `state_dict` returned."""
+        self.seed, self.lowest, self.highest = state["seed"], state["lowest"], state["highest"]
+
+
+@dataclass(frozen=True)
+class DyLoRA(LowRankMaker):
+    """Makes a `DyLoRALinear` of a linear map; see there."""
+
+    frozen: bool = False
+
+    def build(
+        self, base: nn.Module, *, device: torch.device | str, dtype: torch.dtype
+    ) -> DyLoRALinear:
+        """Return the layer around ``base``, with factors of ``dtype`` on ``device``."""
+        return DyLoRALinear(base, frozen=self.frozen, **self.common(), device=device, dtype=dtype)

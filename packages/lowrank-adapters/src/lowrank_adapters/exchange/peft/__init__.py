@@ -1,0 +1,1 @@
+"""PEFT's folders: ``adapter_config.json`` beside ``adapter_model.safetensors``."""

@@ -1,0 +1,101 @@
+"""The allocator on an optimizer: stepped by it, or watched over."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from rank_budget.allocator import RankAllocator
+from rank_budget.errors import BudgetError, require
+
+
+class Attachment:
+    """Hooks on an optimizer; ``remove()`` takes them off, as the end of a ``with`` block does."""
+
+    def __init__(self, handles: Sequence[RemovableHandle]) -> None:
+        self._handles = list(handles)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def attach_(allocator: RankAllocator, optimizer: Optimizer) -> Attachment:
+    """Let each ``optimizer.step()`` score before it and allocate after it.
+
+    The training loop stays as it is. A step that an automatic mixed precision scaler leaves out
+    is not seen; a step with gradients that are not finite leaves scores and budget untouched, for
+    which one flag is read from the device. What is pruned is zero again after every step, whatever
+    the optimizer's momentum did to it.
+
+    >>> import torch
+    >>> from rank_budget import CubicBudget, Triplet
+    >>> sizes = ((4, 2), 2, (2, 3))
+    >>> p, lam, q = (torch.nn.Parameter(torch.ones(size)) for size in sizes)
+    >>> schedule = CubicBudget(initial=2, final=1, total_steps=2)
+    >>> allocator = RankAllocator({"w": Triplet(p, lam, q)}, schedule)
+    >>> optimizer = torch.optim.Adam([p, lam, q])
+    >>> attached = attach_(allocator, optimizer)
+    >>> ((p * lam) @ q).sum().backward()
+    >>> optimizer.step()
+    >>> allocator.ranks()
+    {'w': 1}
+    """
+
+    def before(*_: Any) -> None:
+        allocator.score()
+
+    def after(*_: Any) -> None:
+        if allocator.is_finite():
+            allocator.step()
+        else:
+            allocator.skip()
+
+    return Attachment(
+        [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    )
+
+
+def watch_(allocator: RankAllocator, optimizer: Optimizer, patience: int = 10) -> Attachment:
+    """Raise once the optimizer has taken ``patience`` steps without one of the allocator.
+
+    For loops that call the allocator themselves, where a forgotten call would train on at full
+    rank without a word.
+
+    Raises:
+        BudgetError: patience below one; and, from ``optimizer.step()``, a forgotten allocator.
+
+    >>> import torch
+    >>> from rank_budget import ConstantBudget, Triplet
+    >>> triplet = Triplet(*(torch.ones(size, requires_grad=True) for size in ((4, 2), 2, (2, 3))))
+    >>> allocator = RankAllocator({"w": triplet}, ConstantBudget(2))
+    >>> optimizer = torch.optim.SGD([triplet.lam])
+    >>> watching = watch_(allocator, optimizer, patience=1)
+    >>> optimizer.step()
+    Traceback (most recent call last):
+    rank_budget.errors.BudgetError: the optimizer has taken 1 steps since the rank allocator's ...
+    """
+    require(patience >= 1, "patience", patience, "must be at least 1 step")
+    seen, waited = allocator.steps + allocator.skipped, 0
+
+    def after(*_: Any) -> None:
+        nonlocal seen, waited
+        now = allocator.steps + allocator.skipped
+        waited = waited + 1 if now == seen else 0
+        seen = now
+        if waited >= patience:
+            raise BudgetError(
+                f"the optimizer has taken {waited} steps since the rank allocator's last one, "
+                f"which was step {allocator.steps}; call allocator.step() after each, or attach_ "
+                "it to the optimizer."
+            )
+
+    return Attachment([optimizer.register_step_post_hook(after)])

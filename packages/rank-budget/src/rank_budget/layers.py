@@ -1,0 +1,183 @@
+"""What the allocator asks of a layer, and where it finds such layers in a model."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from rank_budget.errors import BudgetError
+
+
+@runtime_checkable
+class RankedLayer(Protocol):
+    """A layer with the update P diag(λ) Q, component by component.
+
+    Shapes: p (out, rank), lam (rank,) or (rank, 1), q (rank, in). A layer may also have a
+    ``rank_mask``, bool (rank,), by which its forward multiplies λ; the allocator writes it in
+    place. Without one, it sets λ of what is pruned to zero.
+    """
+
+    @property
+    def p(self) -> Tensor:
+        """Return P (out, rank)."""
+
+    @property
+    def lam(self) -> Tensor:
+        """Return λ (rank,) or (rank, 1)."""
+
+    @property
+    def q(self) -> Tensor:
+        """Return Q (rank, in)."""
+
+
+@dataclass
+class Triplet:
+    """Three tensors of your own, as a `RankedLayer`.
+
+    >>> triplet = Triplet(torch.zeros(5, 2), torch.zeros(2), torch.zeros(2, 3))
+    >>> isinstance(triplet, RankedLayer)
+    True
+    """
+
+    p: Tensor
+    lam: Tensor
+    q: Tensor
+    rank_mask: Tensor | None = None
+
+
+class AdaLoraLayer:
+    """The triplet of one adapter of PEFT's AdaLoRA layer: lora_B, lora_E and lora_A."""
+
+    def __init__(self, module: Any, adapter: str) -> None:
+        self._factors = (module.lora_B, module.lora_E, module.lora_A)
+        self._adapter = adapter
+
+    @property
+    def p(self) -> Tensor:
+        """Return lora_B (out, rank)."""
+        return self._get(0)
+
+    @p.setter
+    def p(self, factor: Tensor) -> None:
+        self._factors[0][self._adapter] = factor
+
+    @property
+    def lam(self) -> Tensor:
+        """Return lora_E (rank, 1)."""
+        return self._get(1)
+
+    @lam.setter
+    def lam(self, factor: Tensor) -> None:
+        self._factors[1][self._adapter] = factor
+
+    @property
+    def q(self) -> Tensor:
+        """Return lora_A (rank, in)."""
+        return self._get(2)
+
+    @q.setter
+    def q(self, factor: Tensor) -> None:
+        self._factors[2][self._adapter] = factor
+
+    def _get(self, place: int) -> Tensor:
+        factor: Tensor = self._factors[place][self._adapter]
+        return factor
+
+
+def ranked_layers(model: nn.Module, adapter: str = "default") -> dict[str, RankedLayer]:
+    """Return the ranked layers of a model by name, in model order.
+
+    These are modules with p, lam and q, such as an SVDLinear, and PEFT's AdaLoRA layers, of which
+    ``adapter`` names the adapter. Shard the model before, if it is to be sharded.
+
+    Raises:
+        BudgetError: there is none.
+
+    >>> layer = nn.Module()
+    >>> layer.p, layer.lam, layer.q = (nn.Parameter(torch.ones(n)) for n in ((4, 2), 2, (2, 3)))
+    >>> list(ranked_layers(nn.Sequential(nn.Linear(3, 3), layer)))
+    ['1']
+    """
+    layers: dict[str, RankedLayer] = {}
+    for name, module in model.named_modules():
+        if all(isinstance(getattr(module, role, None), Tensor) for role in ("p", "lam", "q")):
+            layers[name] = module
+        elif adapter in getattr(module, "lora_E", ()):
+            layers[name] = AdaLoraLayer(module, adapter)
+    if not layers:
+        raise BudgetError(
+            f"{type(model).__name__} has no ranked layers, expected modules with p, lam and q, or "
+            f"PEFT's AdaLoRA layers with the adapter {adapter!r}; put the adapters on it first."
+        )
+    return layers
+
+
+@dataclass(frozen=True)
+class RankedMatrices:
+    """λ of matrices of equal rank, as live views that the allocator reads and masks.
+
+    ``values``, ``gradients``: λ and ∇λ, (matrices, rank). ``rank_mask``: bool, (matrices, rank),
+    changed in place. ``names``: one per matrix, unique over all groups.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+    gradients: Tensor
+    rank_mask: Tensor
+
+    def __post_init__(self) -> None:
+        _check_stack(self, ("values", "gradients", "rank_mask"), "rank")
+        if self.rank_mask.dtype != torch.bool:
+            raise BudgetError(f"rank_mask is {self.rank_mask.dtype}, expected torch.bool.")
+
+
+@dataclass(frozen=True)
+class RankedFactors:
+    """P or Q of matrices of equal rank and width, as live views, for scores over whole triplets.
+
+    ``role``: "p" or "q". ``values``, ``gradients``: (matrices, rank, width), a row per component.
+    ``names``: those of the matrices in `RankedMatrices`.
+    """
+
+    role: str
+    names: tuple[str, ...]
+    values: Tensor
+    gradients: Tensor
+
+    def __post_init__(self) -> None:
+        if self.role not in ("p", "q"):
+            raise BudgetError(f"role is {self.role!r}, expected 'p' or 'q'.")
+        _check_stack(self, ("values", "gradients"), "rank, width")
+
+
+def _check_stack(stack: Any, fields: tuple[str, ...], tail: str) -> None:
+    rows, dims = len(stack.names), 2 + tail.count(",")
+    for field in fields:
+        shape = tuple(getattr(stack, field).shape)
+        if len(shape) != dims or shape != (rows, *stack.values.shape[1:]):
+            raise BudgetError(
+                f"{field} has the shape {shape}, expected ({rows}, {tail}) for the {rows} names."
+            )
+
+
+def check_layer(name: str, layer: RankedLayer) -> None:
+    """Refuse three tensors that are not a triplet, by name and shape."""
+    p, lam, q = (tuple(getattr(layer, role).shape) for role in ("p", "lam", "q"))
+    rank = lam[0] if lam else -1
+    fits = lam in ((rank,), (rank, 1)) and len(p) == len(q) == 2 and p[1] == rank == q[0]
+    if not fits:
+        raise BudgetError(
+            f"{name} has p {p}, lam {lam} and q {q}, expected (out, rank), (rank,) or (rank, 1), "
+            "and (rank, in)."
+        )
+    devices = {getattr(layer, role).device for role in ("p", "lam", "q")}
+    if len(devices) > 1:
+        where = " and ".join(sorted(map(str, devices)))
+        raise BudgetError(f"{name} has its p, lam and q on {where}, expected one device.")
+    mask = getattr(layer, "rank_mask", None)
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (rank,)):
+        raise BudgetError(
+            f"{name} has a rank_mask of {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
+            f"({rank},)."
+        )

@@ -1,0 +1,197 @@
+"""A resumed allocator goes on as the uninterrupted one; a state of another is refused."""
+
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rank_budget import (
+    CubicBudget,
+    FixedGrowth,
+    FixedPruning,
+    NormShare,
+    RankAllocator,
+    SmoothedSensitivity,
+    Triplet,
+)
+
+STEPS = 8
+PRUNING = CubicBudget(7, 2, total_steps=STEPS, warmup=1, cooldown=2)
+CASES = {
+    "prune": (PRUNING, SmoothedSensitivity()),
+    "regrow": (replace(PRUNING, interval=3), SmoothedSensitivity(0.3, 0.3)),
+    "grow": (FixedGrowth(2, 6, 1, 2), NormShare()),
+}
+
+
+def layers_of(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"b": (4, 5, 6), "a": (3, 6, 5)}
+    return {
+        name: Triplet(
+            torch.randn(out, rank, generator=generator),
+            torch.randn(rank, generator=generator),
+            torch.randn(rank, into, generator=generator),
+        )
+        for name, (rank, out, into) in shapes.items()
+    }
+
+
+def make(direction, layers):
+    schedule, score = CASES[direction]
+    return RankAllocator(layers, schedule, score=score, direction=direction)
+
+
+def run(allocator, layers, steps):
+    seen = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for layer in layers.values():
+            for factor in (layer.p, layer.lam, layer.q):
+                factor.add_(torch.randn(factor.shape, generator=generator))
+                factor.grad = torch.randn(factor.shape, generator=generator)
+        allocator.score()
+        done = allocator.step()
+        masks = {name: mask.tolist() for name, mask in allocator.masks().items()}
+        seen.append((done, masks, {n: layer.lam.tolist() for n, layer in layers.items()}))
+    return seen
+
+
+@pytest.mark.parametrize("direction", list(CASES))
+@settings(deadline=None, max_examples=STEPS + 1)
+@given(at=st.integers(0, STEPS))
+def test_a_resumed_run_allocates_identically(direction, at):
+    layers = layers_of()
+    whole = make(direction, layers)
+    expected = run(whole, layers, range(STEPS))
+
+    layers = layers_of()
+    first = make(direction, layers)
+    found = run(first, layers, range(at))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    others = layers_of(seed=1)
+    second = make(direction, others)
+    run(second, others, range(3))  # loading replaces whatever was there
+    for name, layer in layers.items():
+        for role in ("p", "lam", "q"):
+            getattr(others[name], role).copy_(getattr(layer, role))
+    second.load_state_dict(torch.load(file, weights_only=True))
+    found += run(second, others, range(at, STEPS))
+
+    assert found == expected
+    assert second.history == whole.history
+    one, two = second.state_dict(), whole.state_dict()
+    assert one.pop("matrices") == two.pop("matrices")
+    assert one["score"].pop("of", None) == two["score"].pop("of", None)
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_the_state_is_what_changes_the_next_step():
+    layers = layers_of()
+    allocator = make("prune", layers)
+    run(allocator, layers, range(4))
+    state = allocator.state_dict()
+    assert {key: type(value) for key, value in state.items()} == {
+        "steps": int,
+        "skipped": int,
+        "budget": int,
+        "matrices": list,
+        "alive": torch.Tensor,
+        "changed": torch.Tensor,
+        "score": dict,
+        "history": dict,
+    }
+    assert state["matrices"] == [["a", 3], ["b", 4]]
+    assert state["history"]["steps"] == [done.step for done in allocator.history]
+    assert state["history"]["budgets"] == [done.budget for done in allocator.history]
+    assert state["history"]["stats"].tolist() == [
+        pytest.approx([done.pruned + done.grown, done.pruned, done.live, done.threshold])
+        for done in allocator.history
+    ]
+    assert state["score"].keys() == {"of", "sensitivity", "uncertainty"}
+
+
+def test_a_loaded_state_is_a_copy():
+    layers, others = layers_of(), layers_of(1)
+    one, two = make("prune", layers), make("prune", others)
+    run(one, layers, range(3))
+    two.load_state_dict(one.state_dict())
+    before = {name: mask.tolist() for name, mask in one.masks().items()}
+    run(two, others, range(3, STEPS))
+    assert {name: mask.tolist() for name, mask in one.masks().items()} == before
+    assert len(one.history) < len(two.history)
+
+
+def test_a_state_of_other_matrices_is_refused_and_changes_nothing(kit):
+    layers = layers_of()
+    allocator = make("prune", layers)
+    run(allocator, layers, range(3))
+    before = allocator.masks()
+    state = make("prune", layers_of()).state_dict()
+    state["matrices"] = [["a", 3], ["c", 4]]
+    assert kit.error_text(allocator.load_state_dict, state) == (
+        "the saved state has (name, rank) ['c', 4], but here is ['b', 4]; load it into the model "
+        "that it was saved from."
+    )
+    state["matrices"] = [["a", 3]]
+    assert "has (name, rank) None, but here is ['b', 4]" in kit.error_text(
+        allocator.load_state_dict, state
+    )
+    state = make("prune", layers_of()).state_dict()
+    state["score"]["of"][0][2] = [1, 9]
+    assert "has (role, names, shape) ['lam', ['b'], [1, 9]]" in kit.error_text(
+        allocator.load_state_dict, state
+    )
+    state = make("prune", layers_of()).state_dict()
+    state["alive"] = state["alive"][:3]
+    assert kit.error_text(allocator.load_state_dict, state) == (
+        "the saved masks have 3 components, but the matrices have 7; the state is damaged."
+    )
+    state = make("prune", layers_of()).state_dict()
+    state["alive"] = state["alive"].logical_not()
+    assert kit.error_text(allocator.load_state_dict, state) == (
+        "the saved masks have 0 live components, but the budget was 7; the state is damaged."
+    )
+    torch.testing.assert_close(allocator.masks(), before)
+    assert allocator.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "text"),
+    [
+        (
+            "sensitivity",
+            SmoothedSensitivity(),
+            "nothing, but this one of, sensitivity, uncertainty",
+        ),
+        (SmoothedSensitivity(), "magnitude", "of, sensitivity, uncertainty, but this one nothing"),
+        (NormShare(), SmoothedSensitivity(), "share, but this one of, sensitivity, uncertainty"),
+        ("sensitivity", NormShare(), "nothing, but this one share"),
+    ],
+)
+def test_a_state_of_another_score_is_refused(kit, saved, here, text):
+    one, two = (
+        RankAllocator(layers_of(), FixedPruning(7, 2, 1, 1), score=score) for score in (saved, here)
+    )
+    assert kit.error_text(two.load_state_dict, one.state_dict()) == (
+        f"the saved score keeps {text}; make the allocator with the score that it was saved with."
+    )
+
+
+def test_when_each_component_fell_is_kept():
+    layers = layers_of()
+    allocator = make("prune", layers)
+    alive = {name: [True] * layer.lam.numel() for name, layer in layers.items()}
+    fell = {name: [0] * layer.lam.numel() for name, layer in layers.items()}
+    for step, (_, masks, _) in enumerate(run(allocator, layers, range(STEPS)), 1):
+        for name, mask in masks.items():
+            for i, lives in enumerate(mask):
+                if alive[name][i] and not lives:
+                    fell[name][i] = step
+        alive = masks
+    assert {name: steps.tolist() for name, steps in allocator.changed().items()} == fell

@@ -1,0 +1,214 @@
+"""What goes wrong in use, each by name."""
+
+import pytest
+import torch
+
+from rank_budget import (
+    ConstantBudget,
+    CubicBudget,
+    FixedPruning,
+    RankAllocator,
+    SmoothedSensitivity,
+    Triplet,
+)
+from rank_budget.stacks import Arena
+
+
+def build(kit, names="abc", schedule=None, **options):
+    layers = {name: kit.triplet(3, 4, 5) for name in names}
+    schedule = schedule or FixedPruning(3 * len(layers), 3, 2, 1)
+    return layers, RankAllocator(layers, schedule, **options)
+
+
+SCORES = ["sensitivity", SmoothedSensitivity()]
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_module_without_a_gradient_is_named(kit, score):
+    layers, allocator = build(kit, score=score)
+    for name in "bc":
+        layers[name].lam.grad = None
+    before = allocator.masks()
+    assert kit.error_text(allocator.score) == (
+        "2 matrices, such as b, have no gradient at step 1; call score or step after the backward "
+        "pass and before zero_grad, or give missing='skip' for modules that are frozen or unused."
+    )
+    torch.testing.assert_close(allocator.masks(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_module_without_a_gradient_keeps_its_ranks_and_averages_if_skipped(kit, score):
+    layers, allocator = build(kit, score=score, missing="skip")
+    allocator.step()
+    saved = allocator.state_dict()["score"]
+    averages = [*saved.get("sensitivity", []), *saved.get("uncertainty", [])]
+    before = [part.clone() for part in averages]
+    ranks = allocator.ranks()["b"]
+    for role in ("p", "lam", "q"):
+        getattr(layers["b"], role).grad = None
+    allocator.step()
+    assert allocator.ranks()["b"] == ranks
+    assert allocator.live_ranks == 5
+    for old, new in zip(before, averages, strict=True):
+        same = torch.zeros_like(new, dtype=torch.bool)
+        for part, rank_width in zip(same.split([9, 36, 45]), (3, 12, 15), strict=True):
+            part[rank_width : 2 * rank_width] = True
+        assert torch.equal(new[same], old[same])
+        assert not torch.equal(new[~same], old[~same])
+    allocator.step()  # the budget is met, whatever is missing
+    assert allocator.live_ranks == sum(allocator.ranks().values()) == 3
+
+
+def test_missing_is_checked(kit):
+    text = kit.error_text(build, kit, missing="ignore")
+    assert text == "missing is 'ignore', expected refuse or skip."
+
+
+def test_schedule_longer_than_the_training(kit):
+    schedule = FixedPruning(9, 3, 1, 100)
+    assert kit.error_text(build, kit, schedule=schedule, total_steps=500) == (
+        "FixedPruning(initial=9, budget=3, count=1, interval=100) meets its final budget only at "
+        "step 600, but the training has 500 steps; shorten the schedule."
+    )
+    build(kit, schedule=schedule, total_steps=600)
+    text = kit.error_text(build, kit, schedule=FixedPruning(9, 3, 0, 1), total_steps=500)
+    assert "meets its final budget never, but the training has 500 steps" in text
+    text = kit.error_text(build, kit, schedule=CubicBudget(9, 3, 1000), total_steps=500)
+    assert text == (
+        "total_steps is 500, but the schedule was made for 1000; make it with the length of the "
+        "training."
+    )
+
+
+def test_the_number_of_steps_may_come_late(kit):
+    _, allocator = build(kit, schedule=CubicBudget(9, 3, warmup=0.2, cooldown=0.4))
+    assert "does not know the number of steps" in kit.error_text(allocator.step)
+    allocator.set_total_steps(10)
+    live = [allocator.live_ranks]
+    for _ in range(10):
+        allocator.step()
+        live.append(allocator.live_ranks)
+    known = CubicBudget(9, 3, 10, warmup=2, cooldown=4)
+    assert allocator.schedule == CubicBudget(9, 3, 10, warmup=0.2, cooldown=0.4)
+    assert live == [known.live_ranks(step) for step in range(11)]
+
+
+def test_modules_of_rank_zero(kit):
+    layers = {"empty": kit.triplet(0, 4, 5), "full": kit.triplet(3, 4, 5)}
+    allocator = RankAllocator(layers, FixedPruning(3, 1, 1, 1), score=SmoothedSensitivity())
+    for _ in range(2):
+        allocator.step()
+    assert allocator.ranks() == {"empty": 0, "full": 1}
+    layers["empty"].rank_mask = None
+    layers["full"].rank_mask = None
+    schedule = FixedPruning(3, 1, 1, 1)
+    allocator = RankAllocator(layers, schedule, limits=None, score=SmoothedSensitivity())
+    allocator.step()
+    assert allocator.ranks() == {"empty": 0, "full": 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_scores_are_those_of_single_precision(kit, dtype):
+    """A product of two numbers of 1e-4 is zero in float16."""
+    layers, wide = {}, {}
+    for name in "ab":
+        layer = kit.triplet(3, 4, 5, dtype=torch.float32)
+        small = [getattr(layer, role).detach().mul(1e-4).to(dtype) for role in ("p", "lam", "q")]
+        slopes = [getattr(layer, role).grad.mul(1e-4).to(dtype) for role in ("p", "lam", "q")]
+        for found, cast in ((layers, dtype), (wide, torch.float32)):
+            copies = [part.to(cast) for part in small]
+            for part, slope in zip(copies, slopes, strict=True):
+                part.grad = slope.to(cast)
+            found[name] = Triplet(*copies, layer.rank_mask.clone())
+    for score in SCORES:
+        one, two = (
+            RankAllocator(found, FixedPruning(6, 2, 2, 1), score=score) for found in (layers, wide)
+        )
+        for _ in range(2):
+            assert one.step() == two.step()
+        torch.testing.assert_close(one.importance(), two.importance(), rtol=1e-6, atol=0)
+        assert min(part.min() for part in one.importance().values()) > 0
+        for layer in (*layers.values(), *wide.values()):
+            layer.rank_mask.fill_(True)
+
+
+def test_tensors_of_one_matrix_on_two_devices_are_refused(kit):
+    layer = kit.triplet(3, 4, 5)
+    layer.q = layer.q.to("meta")
+    text = kit.error_text(RankAllocator, {"a": layer}, ConstantBudget(3))
+    assert text == "a has its p, lam and q on cpu and meta, expected one device."
+
+
+def test_factors_that_are_not_in_one_buffer_are_chosen_from_together(kit, monkeypatch):
+    """As on several devices: each block has flat buffers of its own."""
+    layers, whole = build(kit, score=SmoothedSensitivity())
+    split = "rank_budget.smoothing.arenas_of"
+    monkeypatch.setattr(split, lambda blocks: [Arena([block]) for block in blocks])
+    for layer in layers.values():
+        layer.rank_mask = layer.rank_mask.clone()
+    parts = RankAllocator(layers, FixedPruning(9, 3, 2, 1), score=SmoothedSensitivity())
+    assert len(parts.state_dict()["score"]["sensitivity"]) == 3
+    for _ in range(3):
+        assert parts.step() == whole.step()
+        torch.testing.assert_close(parts.importance(), whole.importance(), rtol=0, atol=0)
+    assert parts.live_ranks == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_modules_on_several_devices_are_chosen_from_together(kit):
+    torch.manual_seed(0)
+    here, there = ({name: kit.triplet(3, 4, 5, mask=name == "b") for name in "abc"} for _ in "12")
+    for name, layer in here.items():
+        for role in ("p", "lam", "q"):
+            value = getattr(layer, role)
+            copy = value.detach().to("cuda" if name == "b" else "cpu")
+            copy.grad = value.grad.to(copy.device)
+            setattr(there[name], role, copy)
+    there["b"].rank_mask = here["b"].rank_mask.cuda()
+    for score in SCORES:
+        one, two = (
+            RankAllocator(found, FixedPruning(9, 3, 2, 1), score=score) for found in (here, there)
+        )
+        for _ in range(3):
+            one.step()
+            two.step()
+            torch.testing.assert_close(one.masks(), two.masks())
+        assert there["b"].rank_mask.tolist() == here["b"].rank_mask.tolist()
+        for layers in (here, there):
+            layers["b"].rank_mask.fill_(True)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "text"),
+    [
+        (((4, 2), (3,), (2, 5)), "a has p (4, 2), lam (3,) and q (2, 5), expected"),
+        (((2, 4), (2,), (2, 5)), "a has p (2, 4), lam (2,) and q (2, 5), expected"),
+        (((4, 2), (2, 2), (2, 5)), "a has p (4, 2), lam (2, 2) and q (2, 5), expected"),
+        (((4, 2), (), (2, 5)), "a has p (4, 2), lam () and q (2, 5), expected"),
+    ],
+)
+def test_tensors_that_are_no_triplet(kit, shapes, text):
+    layer = Triplet(*(torch.zeros(shape) for shape in shapes))
+    found = kit.error_text(RankAllocator, {"a": layer}, ConstantBudget(2))
+    assert found == (f"{text} (out, rank), (rank,) or (rank, 1), and (rank, in).")
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2), torch.ones(3, dtype=torch.bool)])
+def test_masks_that_do_not_fit(kit, mask):
+    layer = Triplet(torch.zeros(4, 2), torch.zeros(2), torch.zeros(2, 5), mask)
+    assert kit.error_text(RankAllocator, {"a": layer}, ConstantBudget(2)) == (
+        f"a has a rank_mask of {mask.dtype} {tuple(mask.shape)}, expected torch.bool (2,)."
+    )
+
+
+def test_no_layers(kit):
+    text = kit.error_text(RankAllocator, {}, ConstantBudget(2))
+    assert text == "there are no layers; put the adapters on the model first."
+
+
+def test_factors_that_change_their_shape(kit):
+    layers, allocator = build(kit)
+    layers["b"].lam = torch.zeros(2)
+    assert kit.error_text(allocator.step) == (
+        "lam of b has the shape (2,), but had (3,) when the allocator was made; make a new one."
+    )
