@@ -45,12 +45,13 @@ def hyperize():
 
 
 def test_a_lora_model_starts_as_its_base_trains_and_is_saved_as_lora(tmp_path):
+    torch.manual_seed(0)
     tokens = torch.randint(61, (4, 12))
     base = tiny_llama()
     model = lora_llama()
     generated = hyperize()(model)
     assert len(generated.groups) > 2
-    optimizer = torch.optim.Adam(generated.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(generated.parameters(), lr=1e-3)
 
     losses = []
     for step in range(60):
