@@ -1,6 +1,7 @@
 """The leaf boundary: hypernetworks write leaf tensors and learn from their gradients."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import Literal
 
@@ -125,8 +126,7 @@ class GeneratedParameters(nn.Module):
         values: list[Tensor] = []
         for role, hypernetwork in self.hypernetworks.items():
             start = [state[group] for group in self._groups if group.role == role]
-            # A surrounding autocast would round the factors to the precision of activations.
-            with torch.autocast(start[0].device.type, enabled=False):
+            with _without_autocast(start[0].device.type):
                 output = hypernetwork(start)
             if not self._recurrent:
                 output = [before + change for before, change in zip(start, output, strict=True)]
@@ -208,6 +208,13 @@ class GeneratedParameters(nn.Module):
         self._pending = []
         self._versions = []
         self._averages = []
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Keep a surrounding autocast from rounding the factors to the precision of activations."""
+    if not torch.amp.is_autocast_available(device_type):  # such as the meta device
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
