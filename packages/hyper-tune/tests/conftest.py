@@ -14,8 +14,7 @@ from torchtune.models.llama3._tokenizer import SPECIAL_TOKENS
 from torchtune.models.qwen2_5._tokenizer import QWEN2_5_SPECIAL_TOKENS
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from hyper_tune.torchtune.recipe import FineTuning
-from hyper_tune.torchtune.settings import RecipeSettings
+from hyper_tune.torchtune.fine_tune import fine_tune
 
 SIZES = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "feed_forward": 48, "length": 256}
 
@@ -26,7 +25,7 @@ def _save_special_tokens(folder: Path, names: list[str]) -> int:
     return 256 + len(names)
 
 
-def _hf_config(vocabulary: int, seed: int) -> dict[str, Any]:
+def _hf_config(vocabulary: int, seed: int, *, tied: bool = False) -> dict[str, Any]:
     torch.manual_seed(seed)
     return {
         "vocab_size": vocabulary,
@@ -37,7 +36,7 @@ def _hf_config(vocabulary: int, seed: int) -> dict[str, Any]:
         "intermediate_size": SIZES["feed_forward"],
         "max_position_embeddings": SIZES["length"],
         "initializer_range": 0.2,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
     }
 
 
@@ -95,6 +94,47 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "special_tokens_path": str(folder / "special_tokens.json"),
         },
         "checkpointer": _checkpointer(folder, "QWEN2"),
+    }
+
+
+@pytest.fixture(scope="session")
+def tied_llama(tmp_path_factory: pytest.TempPathFactory, llama: dict[str, Any]) -> dict[str, Any]:
+    """A Llama as 3.2's small ones are: one table for input and output, scaled rotation."""
+    folder = tmp_path_factory.mktemp("tied_llama")
+    vocabulary = llama["model"]["vocab_size"]
+    rotation = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    hf = LlamaConfig(**_hf_config(vocabulary, 2, tied=True), rope_parameters=rotation)
+    hf.rms_norm_eps = 1e-5
+    LlamaForCausalLM(hf).save_pretrained(folder)
+    return {
+        **llama,
+        "model": _component("torchtune.models.llama3_2.llama3_2", vocabulary, scale_factor=32),
+        "checkpointer": _checkpointer(folder, "LLAMA3_2"),
+    }
+
+
+@pytest.fixture(scope="session")
+def tied_qwen(tmp_path_factory: pytest.TempPathFactory, qwen: dict[str, Any]) -> dict[str, Any]:
+    """A Qwen as 2.5's small ones are: one table for input and output; its weights in five files."""
+    folder = tmp_path_factory.mktemp("tied_qwen")
+    hf = Qwen2Config(
+        **_hf_config(qwen["model"]["vocab_size"], 3, tied=True),
+        rms_norm_eps=1e-6,
+        rope_theta=1_000_000.0,
+    )
+    Qwen2ForCausalLM(hf).save_pretrained(folder, max_shard_size="25KB")
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    return {
+        **qwen,
+        "model": {**qwen["model"], "tie_word_embeddings": True},
+        "checkpointer": _checkpointer(folder, "QWEN2") | {"checkpoint_files": files},
     }
 
 
@@ -163,8 +203,7 @@ def make_config(tmp_path: Path, llama: dict[str, Any], records: Path) -> ConfigM
 def run_in_process(config: Path, *overrides: str) -> None:
     """Run a configuration in this process, without the command line."""
     merged = OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(list(overrides)))
-    with FineTuning(RecipeSettings.from_config(cast("DictConfig", merged))) as run:
-        run.train()
+    fine_tune(cast("DictConfig", merged))
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from hyper_tune.torchtune.cli import main, packaged_configs
+from hyper_tune.packaged import packaged_configs
+from hyper_tune.torchtune.cli import main
 
 Failing = Callable[..., str]
 

@@ -1,6 +1,5 @@
 """The frozen base: found on disk, built on the meta device, sharded, loaded."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ def check_files(settings: RecipeSettings) -> None:
             file is not safetensors.
     """
     folder = Path(settings.checkpointer["checkpoint_dir"])
-    wanted = ["config.json", *_weight_files(settings.checkpointer)]
+    wanted = ["config.json", *weight_files(settings.checkpointer)]
     pickled = [name for name in wanted[1:] if not name.endswith(".safetensors")]
     if pickled:
         raise UserError(
@@ -52,7 +51,12 @@ def check_files(settings: RecipeSettings) -> None:
             )
 
 
-def _weight_files(checkpointer: Mapping[str, Any]) -> list[str]:
+def weight_files(checkpointer: Mapping[str, Any]) -> list[str]:
+    """Return the names of the base's weight files, in order.
+
+    Raises:
+        UserError: the section does not say them.
+    """
     files = checkpointer.get("checkpoint_files")
     if isinstance(files, Mapping):
         formatted = FormattedCheckpointFiles.from_dict(dict(files))
@@ -76,14 +80,6 @@ def _remedy(settings: RecipeSettings, folder: Path) -> str:
         '--ignore-patterns "original/consolidated*"\n'
         "or set checkpointer.checkpoint_dir to the folder that holds it."
     )
-
-
-def hf_config(settings: RecipeSettings) -> dict[str, Any]:
-    """Return the base's ``config.json``."""
-    path = Path(settings.checkpointer["checkpoint_dir"]) / "config.json"
-    loaded = json.loads(path.read_text())
-    assert isinstance(loaded, dict)
-    return loaded
 
 
 def dtype_of(settings: RecipeSettings) -> torch.dtype:

@@ -69,9 +69,9 @@ def exact_match(
     batches = list(_shares(len(data), batch_size))
     for positions, counts in tqdm(batches, "exact match", delay=5, leave=False):
         conversations = [data.conversations[i] for i in positions]
-        prompts = [_prompt(tokenizer, messages(c)[:-1]) for c in conversations]
+        prompts = [prompt_tokens(tokenizer, messages(c)[:-1]) for c in conversations]
         answers = greedy(model, prompts, max_new_tokens, tokenizer.pad_id, device)
-        texts = [_text(tokenizer, answer) for answer in answers]
+        texts = [answer_text(tokenizer, answer) for answer in answers]
         right = sum(
             text == c.turns[-1].content.strip()
             for text, c in zip(texts, conversations, strict=True)
@@ -110,12 +110,14 @@ def greedy(
     ]
 
 
-def _prompt(tokenizer: Any, turns: list[Message]) -> list[int]:
+def prompt_tokens(tokenizer: Any, turns: list[Message]) -> list[int]:
+    """Return a conversation's tokens up to where the assistant's next answer begins."""
     asked = [*turns, Message(role="assistant", content="")]
     return list(tokenizer({"messages": asked}, inference=True)["tokens"])
 
 
-def _text(tokenizer: Any, answer: list[int]) -> str:
+def answer_text(tokenizer: Any, answer: list[int]) -> str:
+    """Return the text of an answer's tokens before the first that ends it, stripped."""
     ends = [position for position, token in enumerate(answer) if token in tokenizer.stop_tokens]
     return str(tokenizer.decode(answer[: ends[0]] if ends else answer)).strip()
 

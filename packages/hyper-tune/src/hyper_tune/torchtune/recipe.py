@@ -55,7 +55,7 @@ class FineTuning:
     def _build(self) -> None:
         settings = self.settings
         check_files(settings)
-        self.device = parallel.start(_device(settings.device))
+        self.device = parallel.start(parallel.usable_device(settings.device))
         self.tokenizer = build_tokenizer(settings.tokenizer)
         model = build_on_meta(settings)
         self._open_data(model.max_seq_len, model.tok_embeddings.num_embeddings)
@@ -268,16 +268,6 @@ class FineTuning:
     def _finish(self) -> None:
         after = self.evaluate()
         parallel.on_rank_zero(lambda: write_results(self, after), self.device)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device is {name!r}; expected cpu or cuda.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is 'cuda', but this machine has no usable GPU; set device=cpu.")
-    return device
 
 
 def _refuse_other_run(saved: dict[str, Any], here: dict[str, Any]) -> None:

@@ -1,0 +1,3 @@
+"""stub"""
+def plan() -> None:
+    """Stub."""
