@@ -1,5 +1,6 @@
 """Puts the verbs together and turns mistakes into one line and exit status 2."""
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +30,8 @@ for verb in (ls, cp, plan, ranks, compare, export, generate):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; return the exit status."""
+    # torchao speaks of extensions that nothing here uses, each time it is imported.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
     try:
         status = app(arguments, standalone_mode=False)
     except PERSONS_MISTAKES as error:

@@ -17,7 +17,7 @@ from hyper_tune.torchtune.settings import RecipeSettings
 from lowrank_adapters import LowRankLinear, freeze_base_, inside_adapters
 
 _TOKENIZER_FILES = ("path", "merges_file", "special_tokens_path")
-_OUTPUT_CHUNKS = 8
+OUTPUT_CHUNKS = 8
 
 
 def check_files(settings: RecipeSettings) -> None:
@@ -135,7 +135,7 @@ def load_(
                 module.rope_init()
     training.validate_no_params_on_meta_device(model)
     freeze_base_(model)
-    model.set_num_output_chunks(_OUTPUT_CHUNKS)
+    model.set_num_output_chunks(OUTPUT_CHUNKS)
 
 
 def _refuse_other_model(
