@@ -1,20 +1,24 @@
 """The memory plan, against what real steps allocate and what real shards pass around."""
 
 import json
+import os
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from omegaconf import OmegaConf
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-
+from hyper_tune.errors import UserError
+from hyper_tune.plan import gpu_bytes
 from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.rehearsal import rehearse
 from hyper_tune.torchtune.settings import RecipeSettings
 
+# Shared with a script that torchrun starts; test modules cannot import each other.
+ALLOCATIONS = runpy.run_path(str(Path(__file__).with_name("allocations.py")))
 BATCH = 4
 CONSTANT = ("factors", "factor gradients", "hypernetworks and their state")
 
@@ -26,37 +30,6 @@ def even_records(tmp_path: Path) -> Path:
     rows = [{"question": f"What is {n:03d}?", "answer": "x" * 150} for n in range(24)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def allocated_at_most(step: Callable[[], Any]) -> int:
-    """Return by how many bytes a step's allocations exceed what was there before, at most.
-
-    Counted by torch's profiler from the allocator's own events, not from operations.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    changes = [
-        event.typed[1].alloc_size
-        for event in profiled.profiler.kineto_results.experimental_event_tree()
-        for event in walk(event)
-        if event.name == "[memory]"
-    ]
-    highest = now = 0
-    for change in changes:
-        now += change
-        highest = max(highest, now)
-    return highest
-
-
-def walk(event: Any) -> Any:
-    yield event
-    for child in event.children:
-        yield from walk(child)
-
-
-def storages(tensors: list[Tensor]) -> int:
-    unique = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
-    return sum(storage.nbytes() for storage in unique.values())
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -112,11 +85,57 @@ def test_the_plan_is_within_a_fiftieth_of_what_a_real_step_takes(
             run.method.stack.values,
             run.method.stack.grads,
         ]
-        held = storages(there)
-        measured = held + allocated_at_most(run._optimize)
+        held = ALLOCATIONS["storage_bytes"](there)
+        measured = held + ALLOCATIONS["allocated_at_most"](run._optimize)
     planned = rehearse(settings, length.pop()).memory(processes=1)
     assert sum(planned.values()) == pytest.approx(measured, rel=0.02)
     constant = ("base weights", "base buffers", *CONSTANT, "optimizer")
     assert sum(planned[part] for part in constant) == held
     assert planned["optimizer"] > 0
     assert (planned["hypernetworks and their state"] > 0) == name.startswith("hyper")
+
+
+def test_what_two_ranks_hold_gather_and_sum_is_as_planned(
+    tmp_path: Path, make_config: Callable[..., Path], even_records: Path
+) -> None:
+    config = make_config(
+        batch_size=BATCH,
+        gradient_accumulation_steps=3,
+        max_steps=3,
+        dataset={
+            "_component_": "hyper_tune.torchtune.data.file_dataset",
+            "path": str(even_records),
+        },
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    worker = Path(__file__).parent / "plan_ranks.py"
+    finished = subprocess.run(
+        [sys.executable, *launcher, str(worker), str(config), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert finished.returncode == 0, finished.stderr
+    settings = RecipeSettings.from_config(OmegaConf.load(config))
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    planned = rehearse(settings, seen[0]["length"])
+    memory, received = planned.memory(2), planned.communication(2, micro_batches=3)
+    # Rows that the ranks do not divide are padded, so that the first rank's share is the largest.
+    assert [rank["base"] <= memory["base weights"] for rank in seen] == [True, True]
+    assert seen[0]["base"] == memory["base weights"]
+    constant = sum(memory[part] for part in (*CONSTANT, "optimizer", "base weights"))
+    working = sum(memory.values()) - constant - memory["base buffers"]
+    for rank in seen:
+        gathered, summed = (rank["filled"][name] for name in ("_allgather_base_", "allreduce_"))
+        assert gathered / 2 == pytest.approx(received["gathering the base"], rel=0.01)
+        # The sums of losses and tokens are two numbers more.
+        assert summed - 2 * 8 == received["summing gradients"]
+        assert rank["working"] == pytest.approx(working, rel=0.02)
+
+
+def test_a_gpu_is_named_with_its_memory() -> None:
+    assert gpu_bytes("a100-40") == 40 * 10**9
+    for name in ("h100", "80", "h100-80gb", ""):
+        with pytest.raises(UserError, match="must end in the memory in GB, such as h100-80"):
+            gpu_bytes(name)
