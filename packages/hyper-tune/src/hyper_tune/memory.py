@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
@@ -49,7 +48,7 @@ class LiveMemory(TorchDispatchMode):
     ) -> Any:
         """Run an operation, and count the storages of what it returns."""
         returned = function(*args, **(kwargs or {}))
-        for value in tree_leaves(returned):
+        for value in returned if isinstance(returned, tuple | list) else (returned,):
             if isinstance(value, Tensor):
                 self._count(value.untyped_storage())
         return returned

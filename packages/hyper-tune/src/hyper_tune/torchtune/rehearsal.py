@@ -41,7 +41,8 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
     blocks = [list(layer.parameters()) for layer in model.layers]
     in_blocks = {id(parameter) for block in blocks for parameter in block}
     root = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
-    layers, stack, owner = attach(model, settings.method, device=META)
+    with META:
+        layers, stack, owner = attach(model, settings.method, device=META)
     prepare_(model, replace(settings, compile=False), [])
     _make_runnable_(model)
     buffers = [buffer for _, buffer in model.named_buffers() if buffer.numel()]
