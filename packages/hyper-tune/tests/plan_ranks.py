@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from allocations import allocated_at_most
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from allocations import allocated_at_most
 from hyper_tune import parallel
 from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.settings import RecipeSettings

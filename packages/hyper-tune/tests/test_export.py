@@ -15,7 +15,6 @@ from hyper_tune.torchtune.fine_tune import fine_tune
 from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.settings import RecipeSettings
 
-
 FAMILIES = ["llama", "qwen", "tied_llama", "tied_qwen"]
 TOKENS = torch.arange(3, 90).reshape(3, 29)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+
 from hyper_tune.errors import UserError
 from hyper_tune.plan import gpu_bytes
 from hyper_tune.torchtune.recipe import FineTuning

@@ -13,13 +13,14 @@ _NAMES = ("output_dir", "resume_from_checkpoint")
 
 
 def compare_figures(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
-    """Return a row for each figure: its name, then its value for each run, "-" where it has none.
+    """Return a row for each figure that any run has: its name, then its value, or "-", for each.
 
     Losses are means over tokens, in nats. "Last tenth" is the mean over the last tenth of the
     steps; the mean over all steps is lower the sooner a run learns. Time is that of the steps,
     without evaluation and checkpoints.
     """
-    return [(name, *(figure(run) for run in runs)) for name, figure in _FIGURES.items()]
+    rows = [(name, *(figure(run) for run in runs)) for name, figure in _FIGURES.items()]
+    return [row for row in rows if set(row[1:]) != {MISSING}]
 
 
 def compare_settings(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:

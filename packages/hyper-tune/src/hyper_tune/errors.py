@@ -1,4 +1,4 @@
-"""The errors whose text is meant for the person at the command line, and how a command tells them."""
+"""The errors whose text is meant for the person at the command line."""
 
 from hyper_core import HyperError
 from lowrank_adapters import AdapterError

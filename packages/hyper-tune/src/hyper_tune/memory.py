@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class LiveMemory(TorchDispatchMode):
+class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that operations allocate, while they are alive, by phase.
 
     A context manager, on any device: on the meta device it counts what a real one would hold. A
@@ -30,7 +30,7 @@ class LiveMemory(TorchDispatchMode):
     """
 
     def __init__(self, held: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._held = {tensor.untyped_storage()._cdata for tensor in held}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._bytes: Counter[str] = Counter()

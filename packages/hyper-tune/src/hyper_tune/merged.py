@@ -17,8 +17,8 @@ from hyper_tune.errors import UserError
 Edit = Callable[[Tensor], Tensor]
 
 _INDEX = "model.safetensors.index.json"
-# What `AutoModelForCausalLM` and `AutoTokenizer` read besides weights; a base's other files, such as
-# its README, are about the base.
+# What `AutoModelForCausalLM` and `AutoTokenizer` read besides weights, and the licence. A README
+# would be about the base.
 _KEPT = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 
 
@@ -31,7 +31,7 @@ def write_merged(
     dtype: torch.dtype | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write ``base`` with some weights changed, as a checkpoint of the same kind; return the folder.
+    """Write ``base`` with some weights changed, as a checkpoint of its kind; return the folder.
 
     No more than one of the weight files is in memory at a time. Names of tensors, tied weights,
     configuration and tokenizer stay as they are.

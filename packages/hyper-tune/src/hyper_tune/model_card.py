@@ -1,7 +1,7 @@
 """The card of an exported model: what it is, how to use it, what made it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def model_card(
     base = _base(run.config)
     kind = "model" if merged else "adapter"
     initial = int(method.get("init_rank") or max(ranks.values()))
-    figures = [row for row in compare_figures([run]) if row[1] != "-"]
+    figures = compare_figures([run])
     done = figures if step is None else [("step of this checkpoint", str(step)), *figures]
     use = _USE_MERGED if merged else _USE_ADAPTER
     parts = [
@@ -112,6 +112,6 @@ def _origin(run: RunRecord) -> list[tuple[str, str]]:
     ]
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["| | |", "|---|---|"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])

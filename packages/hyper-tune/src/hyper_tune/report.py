@@ -31,7 +31,7 @@ def loss_figure(runs: Mapping[str, RunRecord]) -> "Figure":
 
     ``runs``: by the name that the legend gives them.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     losses, ranks = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))

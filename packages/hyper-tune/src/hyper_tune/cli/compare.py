@@ -1,5 +1,6 @@
 """`hyper-tune compare`: runs side by side."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ def compare(
 ) -> None:
     """Show losses, time, memory and ranks of runs, and the settings in which they differ."""
     records = [RunRecord.read(path) for path in runs]
-    names = [str(path) for path in runs]
+    names = _short_names(runs)
     right = range(1, len(names) + 1)
     if png is not None:
         loss_figure(dict(zip(names, records, strict=True))).savefig(png, dpi=150)
@@ -31,3 +32,12 @@ def compare(
         print_table(("differing settings", *names), different, right=right)
     if png is not None:
         typer.echo(f"\ndrawn: {png}")
+
+
+def _short_names(paths: list[Path]) -> list[str]:
+    """Leave out the folders that all paths begin with."""
+    whole = [path.absolute() for path in paths]
+    if len(set(whole)) == 1:
+        return [path.name for path in whole]
+    common = os.path.commonpath(whole)
+    return [str(path.relative_to(common)) for path in whole]

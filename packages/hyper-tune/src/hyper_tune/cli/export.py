@@ -51,8 +51,8 @@ def export(
     if dtype is not None and format_ is not Format.MERGED:
         raise UserError(f"--dtype {dtype} is for --format merged; an adapter is float32.")
     record = RunRecord.read(run)
-    from hyper_tune.torchtune import exports  # noqa: PLC0415
-    from hyper_tune.torchtune.trained import open_trained  # noqa: PLC0415
+    from hyper_tune.torchtune import exports
+    from hyper_tune.torchtune.trained import open_trained
 
     trained = open_trained(run, step=step, base=base)
     ranks = trained.method.ranks()

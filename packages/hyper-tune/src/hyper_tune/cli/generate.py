@@ -34,9 +34,9 @@ def generate(
     asked = list(prompts or [line.strip() for line in sys.stdin if line.strip()])
     if not asked:
         raise UserError("there is no prompt; give one as an argument, or lines as input.")
-    from hyper_tune.torchtune.components import build_tokenizer  # noqa: PLC0415
-    from hyper_tune.torchtune.generation import answers  # noqa: PLC0415
-    from hyper_tune.torchtune.trained import open_trained  # noqa: PLC0415
+    from hyper_tune.torchtune.components import build_tokenizer
+    from hyper_tune.torchtune.generation import answers
+    from hyper_tune.torchtune.trained import open_trained
 
     trained = open_trained(run, step=step, base=base, device=device)
     trained.load_base_()

@@ -39,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         return _report(error.format_message())
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
             raise
-        return _report(f"this needs {error.name}; pip install 'hyper-tune[{extra}]'.")
+        return _report(f"this needs {package}; pip install 'hyper-tune[{_EXTRAS[package]}]'.")
     return status if isinstance(status, int) else 0
 
 

@@ -31,8 +31,8 @@ def plan(
     """Print parameters, memory per GPU by part and communication of a step; status 1: no fit."""
     memory_of_gpu = None if gpu is None else gpu_bytes(gpu)
     chosen = override(read_config(find_config(config)), overrides or [])
-    from hyper_tune.torchtune.rehearsal import longest_sample, rehearse  # noqa: PLC0415
-    from hyper_tune.torchtune.settings import RecipeSettings  # noqa: PLC0415
+    from hyper_tune.torchtune.rehearsal import longest_sample, rehearse
+    from hyper_tune.torchtune.settings import RecipeSettings
 
     settings = RecipeSettings.from_config(chosen)
     tokens = length or longest_sample(settings)

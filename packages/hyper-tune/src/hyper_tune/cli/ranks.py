@@ -30,7 +30,7 @@ def _ranks(run: Path, step: int | None) -> tuple[dict[str, int], int]:
     summary = RunRecord.read(run).summary
     if summary is not None and step is None:
         return dict(summary["ranks"]), int(summary["initial_rank"])
-    from hyper_tune.torchtune.trained import open_trained  # noqa: PLC0415
+    from hyper_tune.torchtune.trained import open_trained
 
     method = open_trained(run, step=step).method
     return method.ranks(), method.config.init_rank

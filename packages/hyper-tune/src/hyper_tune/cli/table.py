@@ -13,12 +13,12 @@ def print_table(
     header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()
 ) -> None:
     """Print lines in columns; ``right`` numbers the columns that are aligned on the right."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for number, name in enumerate(header):
-        justify = "right" if number in right else "left"
-        table.add_column(Text(name), justify=justify, overflow="fold")
+        table.add_column(
+            Text(name), justify="right" if number in right else "left", overflow="fold"
+        )
     for row in rows:
         # A name in square brackets would otherwise be read as a style.
         table.add_row(*(Text(cell) for cell in row))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else _WHOLE, crop=False)
+    Console(width=None if Console().is_terminal else _WHOLE).print(table)

@@ -14,6 +14,7 @@ from hyper_tune.errors import EXIT_MISTAKE, PERSONS_MISTAKES, UserError
 from hyper_tune.packaged import find_config, read_config
 from hyper_tune.torchtune.fine_tune import fine_tune
 
+
 def main() -> None:
     """Run the recipe as `tune run` calls it: ``--config NAME key=value …`` in ``sys.argv``."""
     warnings.showwarning = _one_line_warning

@@ -15,6 +15,7 @@ from hyper_tune.torchtune.hf_names import hf_module_name, output_row_order
 from hyper_tune.torchtune.settings import RecipeSettings
 from hyper_tune.torchtune.trained import TrainedRun
 
+
 def export_adapter(
     method: Assembly, model: TransformerDecoder, settings: RecipeSettings, folder: Path
 ) -> Path:

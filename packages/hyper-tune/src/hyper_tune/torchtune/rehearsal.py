@@ -23,7 +23,7 @@ META = torch.device("meta")
 
 
 def longest_sample(settings: RecipeSettings) -> int:
-    """Return the most tokens that a sample may have: where they are cut, or what the model reads."""
+    """Return the most tokens of a sample: where it is cut, or what the model reads."""
     cut = settings.tokenizer.get("max_seq_len")
     return int(cut) if cut else int(build_on_meta(settings).max_seq_len)
 
@@ -153,5 +153,3 @@ def _update(
     owner.commit()
     optimizer.zero_grad()
     stack.bind_grads_()
-
-
