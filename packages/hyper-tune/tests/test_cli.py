@@ -98,6 +98,12 @@ def test_a_wrong_command_line_is_one_line(fails: Callable[..., str], tmp_path: P
         "configuration has no key 'batch_sise'; did you mean 'batch_size'?"
     )
     assert "overrides are written key=value." in fails("plan", "--config", "tiny_llama", "batch")
+    assert fails("plan", "--config", "tiny_llama", "--length", 257) == (
+        "samples of 257 tokens are planned, but the model reads 256; give a --length up to that."
+    )
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "metrics.jsonl").write_text("{}\nno\n")
+    assert fails("compare", tmp_path).startswith(f"the figures in {tmp_path} are not JSON: ")
 
 
 @pytest.mark.parametrize(

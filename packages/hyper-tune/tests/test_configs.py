@@ -60,6 +60,15 @@ def test_the_files_differ_in_the_model_alone() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_every_knob_says_what_it_does(name: str) -> None:
+    text = CONFIGS[name].read_text()
+    below = text[text.index("\nmethod:\n") :].splitlines()
+    knobs = [line for line in below if re.match(r" *[a-z]\w*: *\S", line)]
+    assert len(knobs) > 30
+    assert [line for line in knobs if "   # " not in line] == []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_names_agree_with_each_other(name: str) -> None:
     text = CONFIGS[name].read_text()
     config: Any = OmegaConf.load(CONFIGS[name])

@@ -46,14 +46,14 @@ def digest(path: Path) -> str:
 def publish(temporary: Path, final: Path) -> None:
     """Give a folder of finished files its final name, once they are on the disk.
 
-    Order: files synced, folder synced, renamed, parent synced.
+    Order: files synced, a manifest last, folder synced, renamed, parent synced.
 
     Raises:
         FileExistsError: ``final`` is there already; nothing is ever overwritten.
     """
     if final.exists():
         raise FileExistsError(f"{final} exists; a committed folder is never overwritten.")
-    for path in sorted(temporary.iterdir()):
+    for path in sorted(temporary.iterdir(), key=lambda path: (path.name == MANIFEST, path.name)):
         sync(path)
     sync(temporary)
     temporary.rename(final)

@@ -40,14 +40,18 @@ class RunRecord:
         folder = RunFolder(path)
         config = OmegaConf.to_container(read_config(path / "config.yaml"), resolve=True)
         assert isinstance(config, dict)
-        try:
-            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            summary = None
-        except ValueError as error:
-            raise UserError(f"{path / 'summary.json'} is not JSON: {error}.") from error
         settings = {str(key): value for key, value in config.items()}
-        return cls(path, settings, folder.metrics.rows(), folder.starts.rows(), summary)
+        summary = path / "summary.json"
+        try:
+            return cls(
+                path,
+                settings,
+                folder.metrics.rows(),
+                folder.starts.rows(),
+                json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None,
+            )
+        except ValueError as error:
+            raise UserError(f"the figures in {path} are not JSON: {error}.") from error
 
     def figures(self, key: str) -> list[tuple[int, float]]:
         """Return step and value wherever a step has a figure of that name.

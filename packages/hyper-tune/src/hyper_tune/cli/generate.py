@@ -31,7 +31,8 @@ def generate(
     ] = None,
 ) -> None:
     """Print the trained model's answer to each prompt."""
-    asked = list(prompts or [line.strip() for line in sys.stdin if line.strip()])
+    lines = () if prompts or sys.stdin.isatty() else sys.stdin
+    asked = list(prompts or [line.strip() for line in lines if line.strip()])
     if not asked:
         raise UserError("there is no prompt; give one as an argument, or lines as input.")
     from hyper_tune.torchtune.components import build_tokenizer

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
 from hyper_tune.assembly import attach
+from hyper_tune.errors import UserError
 from hyper_tune.factors import FactorOwner
 from hyper_tune.memory import LiveMemory
 from hyper_tune.plan import Rehearsal
@@ -35,9 +36,14 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
     counted as flash attention, which does not keep its scores. Without compilation.
 
     Raises:
-        UserError: a component cannot be built.
+        UserError: a component cannot be built, or the model does not read so many tokens.
     """
     model = build_on_meta(settings)
+    if length > model.max_seq_len:
+        raise UserError(
+            f"samples of {length} tokens are planned, but the model reads {model.max_seq_len}; "
+            "give a --length up to that."
+        )
     blocks = [list(layer.parameters()) for layer in model.layers]
     in_blocks = {id(parameter) for block in blocks for parameter in block}
     root = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
