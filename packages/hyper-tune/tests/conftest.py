@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -162,13 +163,13 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ConfigMaker = Callable[..., Path]
 
 
-@pytest.fixture
-def make_config(tmp_path: Path, llama: dict[str, Any], records: Path) -> ConfigMaker:
-    """Return what writes a configuration file; keyword arguments override its keys."""
+@pytest.fixture(scope="session")
+def write_config(llama: dict[str, Any], records: Path) -> ConfigMaker:
+    """Return what writes a configuration file into a folder; keywords override its keys."""
 
-    def make(**overrides: Any) -> Path:
+    def write(folder: Path, **overrides: Any) -> Path:
         config = {
-            "output_dir": str(tmp_path / "run"),
+            "output_dir": str(folder / "run"),
             **llama,
             "method": {
                 "name": "hyperadalora",
@@ -193,11 +194,17 @@ def make_config(tmp_path: Path, llama: dict[str, Any], records: Path) -> ConfigM
             "epochs": 10,
         }
         config.update(overrides)
-        path = tmp_path / "config.yaml"
+        path = folder / "config.yaml"
         path.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
         return path
 
-    return make
+    return write
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, write_config: ConfigMaker) -> ConfigMaker:
+    """Return what writes a configuration file; keyword arguments override its keys."""
+    return partial(write_config, tmp_path)
 
 
 def run_in_process(config: Path, *overrides: str) -> None:
@@ -206,7 +213,7 @@ def run_in_process(config: Path, *overrides: str) -> None:
     fine_tune(cast("DictConfig", merged))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run() -> Callable[..., None]:
     """Return what runs a configuration in this process."""
     return run_in_process

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -132,16 +133,19 @@ def test_a_missing_extra_is_named(
     assert last == f"error: this needs {missing}; pip install 'hyper-tune[{extra}]'."
 
 
-@pytest.fixture
-def trained(tmp_path: Path, make_config: ConfigMaker, run: Run, records: Path) -> dict[str, Path]:
-    """Two finished runs that differ in a setting, and one that stopped on its way."""
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, write_config: ConfigMaker, run: Run, records: Path
+) -> dict[str, Path]:
+    """Two finished runs that differ in two settings, and one that has not ended."""
+    folder = tmp_path_factory.mktemp("runs")
+    folders = {name: folder / name for name in ("first", "second", "third")}
     data = {"_component_": "hyper_tune.torchtune.data.file_dataset", "path": str(records)}
-    config = make_config(max_steps=8, dataset_val=data, validate_every_n_steps=4)
+    config = write_config(folder, max_steps=8, dataset_val=data, validate_every_n_steps=4)
     config.write_text(config.read_text().replace("interval: 3", "interval: 3\n    finish_by: 1"))
-    folders = {name: tmp_path / name for name in ("first", "second", "third")}
     run(config, f"output_dir={folders['first']}")
     run(config, f"output_dir={folders['second']}", "optimizer.lr=3e-3", "method.pruning.interval=2")
-    run(config, f"output_dir={folders['third']}")
+    shutil.copytree(folders["first"], folders["third"])
     (folders["third"] / "summary.json").unlink()
     return folders
 
@@ -241,7 +245,7 @@ def test_generate_answers_as_the_exported_model_does(
     request: pytest.FixtureRequest,
     family: str,
 ) -> None:
-    run(make_config(**request.getfixturevalue(family), max_steps=40))
+    run(make_config(**request.getfixturevalue(family), max_steps=20))
     folder, merged = tmp_path / "run", tmp_path / "merged"
     questions = ["What is 3 plus 9?", "Why?"]
     printed = said("generate", folder, *questions, "--max-new-tokens", 12)

@@ -75,7 +75,7 @@ def test_a_merged_model_gives_the_training_models_logits(
     family: str,
 ) -> None:
     keys = request.getfixturevalue(family)
-    config = make_config(**keys, max_steps=20)
+    config = make_config(**keys, max_steps=12)
     trained = trained_logits(config)
     merged = tmp_path / "merged"
     assert main(["export", str(tmp_path / "run"), str(merged), "--format", "merged"]) == 0

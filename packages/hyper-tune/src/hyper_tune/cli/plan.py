@@ -9,7 +9,6 @@ from hyper_tune.cli.table import print_table
 from hyper_tune.packaged import find_config, override, read_config
 from hyper_tune.plan import USABLE, Rehearsal, gpu_bytes
 
-_GIB = 2**30
 DOES_NOT_FIT = 1
 
 
@@ -72,6 +71,7 @@ def _print_parameters(rehearsal: Rehearsal) -> None:
 
 def _print_bytes(title: str, parts: Mapping[str, int], last: str) -> None:
     rows = {**{part: count for part, count in parts.items() if count}, last: sum(parts.values())}
-    lines = [(name, f"{count / _GIB:.2f}") for name, count in rows.items()]
-    print_table((title, "GiB"), lines, right=[1])
+    unit, size = ("GiB", 2**30) if rows[last] >= 2**30 else ("MiB", 2**20)
+    lines = [(name, f"{count / size:.2f}") for name, count in rows.items()]
+    print_table((title, unit), lines, right=[1])
     typer.echo()
