@@ -35,21 +35,15 @@ def generate(
     asked = list(prompts or [line.strip() for line in lines if line.strip()])
     if not asked:
         raise UserError("there is no prompt; give one as an argument, or lines as input.")
-    from hyper_tune.torchtune.components import build_tokenizer
     from hyper_tune.torchtune.generation import answers
     from hyper_tune.torchtune.trained import open_trained
 
-    trained = open_trained(run, step=step, base=base, device=device)
-    trained.load_base_()
     texts = answers(
-        trained.model,
-        build_tokenizer(trained.settings.tokenizer),
+        open_trained(run, step=step, base=base, device=device),
         asked,
-        trained.settings,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        device=trained.device,
     )
     for text in texts:
         typer.echo(text)
