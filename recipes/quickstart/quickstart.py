@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from base import Settings, make_base
-from matplotlib.figure import Figure
 from world import people
 
-from rank_budget import rank_heatmap, rank_table
+from rank_budget import rank_table
 
 # People, each of whom three questions are asked about; the rest of the base's people train.
 HELD_OUT = {"validation": 30, "test": 50}
@@ -76,15 +75,12 @@ def fine_tune(base: Path, data: Path, run: Path) -> None:
 
 
 def report(run: Path) -> None:
-    """Print the tables, draw the figures, say where things are and what to type next."""
+    """Print the tables, say where things are and what to type next."""
     summary = json.loads((run / "summary.json").read_text())
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     ranks = rank_table(summary["ranks"], summary["initial_rank"])
     text = f"{table(summary)}\n\n{ranks}\n"
     (run / "report.txt").write_text(text)
     print(f"\n{text}")
-    loss_figure(rows).savefig(run / "loss.png", dpi=120)
-    rank_heatmap(summary["ranks"], summary["initial_rank"]).savefig(run / "ranks.png", dpi=120)
     print(f"Loss: {run / 'loss.png'}   ranks: {run / 'ranks.png'}")
     print(f"Plain LoRA in PEFT's layout: {summary['adapter']}")
     print("\nOn a real 8B model, with a GPU:")
@@ -117,23 +113,6 @@ def table(summary: dict[str, Any]) -> str:
     ]
     text = [f"{name:<26}{first:>12}{second:>12}" for name, first, second in lines]
     return "\n".join(text + [f"{name:<26}{value:>24}" for name, value in figures])
-
-
-def loss_figure(rows: list[dict[str, Any]]) -> Figure:
-    """Return the training and held-out losses over steps, with the live ranks below."""
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    losses, ranks = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    steps = [row["step"] for row in rows]
-    losses.plot(steps, [row["loss"] for row in rows], label="training", linewidth=1)
-    held_out = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
-    losses.plot(*zip(*held_out, strict=True), "o-", label="held out")
-    losses.set(
-        ylabel="loss per token", yscale="log", title="HyperAdaLoRA on questions about people"
-    )
-    losses.legend()
-    ranks.step(steps, [row["live_ranks"] for row in rows], where="post", color="tab:green")
-    ranks.set(xlabel="step", ylabel="live ranks", ylim=(0, None))
-    return figure
 
 
 if __name__ == "__main__":

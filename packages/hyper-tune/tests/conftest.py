@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +15,7 @@ from torchtune.models.llama3._tokenizer import SPECIAL_TOKENS
 from torchtune.models.qwen2_5._tokenizer import QWEN2_5_SPECIAL_TOKENS
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from hyper_tune.torchtune.recipe import FineTuning
-from hyper_tune.torchtune.settings import RecipeSettings
+from hyper_tune.torchtune.fine_tune import fine_tune
 
 SIZES = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "feed_forward": 48, "length": 256}
 
@@ -26,7 +26,7 @@ def _save_special_tokens(folder: Path, names: list[str]) -> int:
     return 256 + len(names)
 
 
-def _hf_config(vocabulary: int, seed: int) -> dict[str, Any]:
+def _hf_config(vocabulary: int, seed: int, *, tied: bool = False) -> dict[str, Any]:
     torch.manual_seed(seed)
     return {
         "vocab_size": vocabulary,
@@ -37,7 +37,7 @@ def _hf_config(vocabulary: int, seed: int) -> dict[str, Any]:
         "intermediate_size": SIZES["feed_forward"],
         "max_position_embeddings": SIZES["length"],
         "initializer_range": 0.2,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
     }
 
 
@@ -97,8 +97,9 @@ def llama3_2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    keys = {**_hf_config(vocabulary, 2), "tie_word_embeddings": True}
-    hf = LlamaConfig(**keys, rms_norm_eps=1e-5, rope_parameters=rotation)
+    hf = LlamaConfig(
+        **_hf_config(vocabulary, 2, tied=True), rms_norm_eps=1e-5, rope_parameters=rotation
+    )
     LlamaForCausalLM(hf).save_pretrained(folder)
     return {
         "model": _component("torchtune.models.llama3_2.llama3_2", vocabulary),
@@ -130,6 +131,24 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="session")
+def tied_qwen(tmp_path_factory: pytest.TempPathFactory, qwen: dict[str, Any]) -> dict[str, Any]:
+    """A Qwen as 2.5's small ones are: one table for input and output; its weights in two files."""
+    folder = tmp_path_factory.mktemp("tied_qwen")
+    hf = Qwen2Config(
+        **_hf_config(qwen["model"]["vocab_size"], 3, tied=True),
+        rms_norm_eps=1e-6,
+        rope_theta=1_000_000.0,
+    )
+    Qwen2ForCausalLM(hf).save_pretrained(folder, max_shard_size="60KB")
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    return {
+        **qwen,
+        "model": {**qwen["model"], "tie_word_embeddings": True},
+        "checkpointer": _checkpointer(folder, "QWEN2") | {"checkpoint_files": files},
+    }
+
+
 def _checkpointer(folder: Path, model_type: str) -> dict[str, Any]:
     return {
         "_component_": "torchtune.training.FullModelHFCheckpointer",
@@ -154,13 +173,13 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ConfigMaker = Callable[..., Path]
 
 
-@pytest.fixture
-def make_config(tmp_path: Path, llama: dict[str, Any], records: Path) -> ConfigMaker:
-    """Return what writes a configuration file; keyword arguments override its keys."""
+@pytest.fixture(scope="session")
+def write_config(llama: dict[str, Any], records: Path) -> ConfigMaker:
+    """Return what writes a configuration file into a folder; keywords override its keys."""
 
-    def make(**overrides: Any) -> Path:
+    def write(folder: Path, **overrides: Any) -> Path:
         config = {
-            "output_dir": str(tmp_path / "run"),
+            "output_dir": str(folder / "run"),
             **llama,
             "method": {
                 "name": "hyperadalora",
@@ -185,21 +204,26 @@ def make_config(tmp_path: Path, llama: dict[str, Any], records: Path) -> ConfigM
             "epochs": 10,
         }
         config.update(overrides)
-        path = tmp_path / "config.yaml"
+        path = folder / "config.yaml"
         path.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
         return path
 
-    return make
+    return write
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, write_config: ConfigMaker) -> ConfigMaker:
+    """Return what writes a configuration file; keyword arguments override its keys."""
+    return partial(write_config, tmp_path)
 
 
 def run_in_process(config: Path, *overrides: str) -> None:
     """Run a configuration in this process, without the command line."""
     merged = OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(list(overrides)))
-    with FineTuning(RecipeSettings.from_config(cast("DictConfig", merged))) as run:
-        run.train()
+    fine_tune(cast("DictConfig", merged))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run() -> Callable[..., None]:
     """Return what runs a configuration in this process."""
     return run_in_process

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from hyper_tune.torchtune.cli import main, packaged_configs
+from hyper_tune.packaged import packaged_configs
+from hyper_tune.torchtune.cli import main
 
 Failing = Callable[..., str]
 
@@ -46,7 +47,6 @@ def test_an_unknown_config_lists_the_packaged_ones(fails: Failing) -> None:
         "--config lama3_1_8b is neither a file nor a configuration of this package, which has "
         f"{names}. Did you mean llama3_1_8b?"
     )
-    assert set(packaged_configs()) == {"tiny_llama", "llama3_1_8b", "llama3_2_1b", "qwen2_5_7b"}
 
 
 def test_missing_weights_name_the_folder_and_the_download(
@@ -62,7 +62,7 @@ def test_missing_weights_name_the_folder_and_the_download(
     ) in message
 
 
-@pytest.mark.parametrize("name", ["llama3_1_8b", "llama3_2_1b", "qwen2_5_7b"])
+@pytest.mark.parametrize("name", [name for name in packaged_configs() if name != "tiny_llama"])
 def test_every_packaged_config_is_valid_up_to_its_weights(
     fails: Failing, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import hyper_tune
-from hyper_tune.torchtune.cli import packaged_configs
+from hyper_tune.packaged import packaged_configs
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 MODULES = ["hyper_tune"] + [

@@ -1,4 +1,4 @@
-"""The exported adapter, read as plain LoRA by transformers' model, gives the trained logits."""
+"""What is exported gives, read by transformers, the logits of the model that was trained."""
 
 import json
 from collections.abc import Callable
@@ -10,11 +10,16 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hyper_tune.cli.main import main
+from hyper_tune.torchtune.fine_tune import fine_tune
 from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.settings import RecipeSettings
 
+FAMILIES = ["llama", "qwen", "llama3_2", "tied_qwen"]
+TOKENS = torch.arange(3, 90).reshape(3, 29)
 
-@pytest.mark.parametrize("family", ["llama", "llama3_2", "qwen"])
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_exported_lora_gives_the_training_models_logits(
     tmp_path: Path,
     make_config: Callable[..., Path],
@@ -23,7 +28,7 @@ def test_exported_lora_gives_the_training_models_logits(
 ) -> None:
     config = make_config(**request.getfixturevalue(family), max_steps=30)
     settings = RecipeSettings.from_config(OmegaConf.load(config))
-    tokens = torch.arange(3, 90).reshape(3, 29)
+    tokens = TOKENS
     with FineTuning(settings) as run:
         with torch.no_grad():
             base = torch.cat(run.model(tokens), dim=1)
@@ -49,3 +54,69 @@ def test_exported_lora_gives_the_training_models_logits(
             update = lora[f"{key}B.weight"] @ lora[f"{key}A.weight"]
             modules[name].weight += scaling * update
         torch.testing.assert_close(plain(tokens).logits, trained, rtol=1e-5, atol=1e-5)
+
+
+def trained_logits(config: Path) -> torch.Tensor:
+    """Train, and return what the model says to `TOKENS` at the end."""
+    loaded = OmegaConf.load(config)
+    fine_tune(loaded)
+    # At its last step, a resumed run has nothing to train, and holds the model that was trained.
+    settings = RecipeSettings.from_config(OmegaConf.merge(loaded, {"resume_from_checkpoint": True}))
+    with FineTuning(settings) as run, torch.no_grad():
+        run.method.write_factors_()
+        return torch.cat(run.model.eval()(TOKENS), dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_model_gives_the_training_models_logits(
+    tmp_path: Path,
+    make_config: Callable[..., Path],
+    request: pytest.FixtureRequest,
+    family: str,
+) -> None:
+    keys = request.getfixturevalue(family)
+    config = make_config(**keys, max_steps=12)
+    trained = trained_logits(config)
+    merged = tmp_path / "merged"
+    assert main(["export", str(tmp_path / "run"), str(merged), "--format", "merged"]) == 0
+    model, report = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, trained, rtol=1e-5, atol=1e-5)
+        base = AutoModelForCausalLM.from_pretrained(keys["checkpointer"]["checkpoint_dir"])
+        assert (base(TOKENS).logits - trained).abs().max() > 0.1
+    files = {path.name for path in merged.iterdir()}
+    assert {"config.json", "generation_config.json", "README.md"} <= files
+    assert len([name for name in files if name.endswith(".safetensors")]) == len(
+        keys["checkpointer"]["checkpoint_files"]
+    )
+    assert [path.name for path in tmp_path.glob(".tmp-*")] == []
+
+
+def test_an_earlier_checkpoint_and_another_dtype_are_exported(
+    tmp_path: Path, make_config: Callable[..., Path], run: Callable[..., None]
+) -> None:
+    run(make_config(max_steps=8))
+    exported = {}
+    for step in (4, 8):
+        folder = tmp_path / f"adapter-{step}"
+        assert main(["export", str(tmp_path / "run"), str(folder), "--step", str(step)]) == 0
+        exported[step] = load_file(folder / "adapter_model.safetensors")
+        assert f"| step of this checkpoint | {step} |" in (folder / "README.md").read_text()
+    at_the_end = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    assert exported[8].keys() == at_the_end.keys()
+    for name, tensor in at_the_end.items():
+        assert torch.equal(exported[8][name], tensor)
+    assert any(not torch.equal(exported[4][name], exported[8][name]) for name in exported[8])
+
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    command = ["export", str(tmp_path / "run"), "--format", "merged"]
+    assert main([*command, str(whole)]) == 0
+    assert main([*command, str(half), "--dtype", "bf16"]) == 0
+    wide, narrow = (load_file(folder / "model.safetensors") for folder in (whole, half))
+    assert wide.keys() == narrow.keys()
+    for name, tensor in wide.items():
+        assert torch.equal(narrow[name], tensor.bfloat16()), name
+    config = json.loads((half / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(half).dtype == torch.bfloat16

@@ -4,8 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-FORBIDDEN = ("torchtune", "torchao", "transformers", "peft", "datasets", "accelerate")
-MODULES = ("assembly", "checkpoint", "parallel", "records", "run_folder", "sampling", "step")
+FORBIDDEN = ("torchtune", "torchao", "transformers", "peft", "datasets", "accelerate", "matplotlib")
+MODULES = (
+    *("assembly", "checkpoint", "parallel", "records", "run_folder", "sampling", "step"),
+    *("cli.main", "merged", "memory", "plan", "provenance", "report"),
+)
 
 
 def forbidden_after(statement: str, cwd: Path) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from hyper_tune.errors import UserError
-from hyper_tune.torchtune.overrides import apply_overrides
+from hyper_tune.overrides import apply_overrides
 
 
 def changed(*words: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One step of the recursion of a role: the next values of its matrices from their state."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,8 +56,7 @@ class Recursion:
             _scaled(to_tokens(stack, role.tokens), scale)
             for stack, scale in zip(state, scales, strict=True)
         ]
-        # A surrounding autocast would round the factors to the precision of activations.
-        with torch.autocast(cut[0].device.type, enabled=False):
+        with _without_autocast(cut[0].device.type):
             written = network(cut, context)
             after = [
                 from_tokens(_scaled(part, 1 / scale), role.tokens, stack.shape[1])
@@ -76,3 +76,10 @@ class Recursion:
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor * factor
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Keep a surrounding autocast from rounding the factors to the precision of activations."""
+    if not torch.amp.is_autocast_available(device_type):  # such as the meta device
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -181,6 +181,23 @@ def assemble(
     >>> step.report.live_ranks
     4
     """
+    layers, stack, owner = attach(model, config, device=device, dtype=dtype)
+    broadcast_([*owner.state_dict().values(), stack.values])
+    allocator = _make_allocator(config, stack, total_steps) if config.method.prunes else None
+    return Assembly(config, layers, stack, owner, allocator)
+
+
+def attach(
+    model: nn.Module,
+    config: MethodConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[dict[str, LowRankLinear], FactorStack, FactorOwner]:
+    """Put layers, stacked factors and their owner on ``model``, in place, and freeze the rest.
+
+    All that trains, without the rank budget: it also works where ``device`` is meta.
+    """
     make = _MAKERS[config.method.layer](rank=config.init_rank, alpha=float(config.alpha or 0))
     layers = inject_adapters_(
         model,
@@ -192,10 +209,7 @@ def assemble(
     )
     freeze_base_(model)
     stack = FactorStack(layers)
-    owner = _make_owner(config, stack)
-    broadcast_([*owner.state_dict().values(), stack.values])
-    allocator = _make_allocator(config, stack, total_steps) if config.method.prunes else None
-    return Assembly(config, layers, stack, owner, allocator)
+    return layers, stack, _make_owner(config, stack)
 
 
 def _make_owner(config: MethodConfig, stack: FactorStack) -> FactorOwner:

@@ -92,6 +92,21 @@ def read_newest(folder: Path) -> tuple[int, Any, list[str]]:
     raise UserError(f"no intact checkpoint to resume from. {found}")
 
 
+def read_step(folder: Path, step: int) -> Any:
+    """Return the state of the checkpoint of one step.
+
+    Raises:
+        UserError: there is none, which lists the steps that there are, or it is damaged.
+    """
+    if step not in _steps(folder):
+        there = ", ".join(str(saved) for saved in reversed(_steps(folder))) or "none"
+        raise UserError(f"{folder} has no checkpoint of step {step}; it has {there}.")
+    try:
+        return _read(_folder(folder, step))
+    except DamagedError as error:
+        raise UserError(f"checkpoint {_folder(folder, step)} is damaged: {error}") from error
+
+
 def _read(path: Path) -> Any:
     try:
         verify(path)

@@ -43,34 +43,37 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def commit(temporary: Path, final: Path) -> None:
-    """Publish a folder of finished files under its final name, with a manifest of their digests.
+def publish(temporary: Path, final: Path) -> None:
+    """Give a folder of finished files its final name, once they are on the disk.
 
-    Order: files synced, manifest written last and synced, folder synced, renamed, parent synced.
+    Order: files synced, a manifest last, folder synced, renamed, parent synced.
 
     Raises:
         FileExistsError: ``final`` is there already; nothing is ever overwritten.
     """
     if final.exists():
         raise FileExistsError(f"{final} exists; a committed folder is never overwritten.")
-    names = sorted(path.name for path in temporary.iterdir())
-    for name in names:
-        sync(temporary / name)
-    files = {
-        name: {
-            "bytes": (temporary / name).stat().st_size,
-            "sha256": digest(temporary / name),
-        }
-        for name in names
-    }
-    manifest = temporary / MANIFEST
-    with manifest.open("w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "name": final.name, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    for path in sorted(temporary.iterdir(), key=lambda path: (path.name == MANIFEST, path.name)):
+        sync(path)
     sync(temporary)
     temporary.rename(final)
     sync(final.parent)
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Publish a folder of finished files with a manifest of their digests, written last.
+
+    Raises:
+        FileExistsError: ``final`` is there already; nothing is ever overwritten.
+    """
+    names = sorted(path.name for path in temporary.iterdir())
+    files = {
+        name: {"bytes": (temporary / name).stat().st_size, "sha256": digest(temporary / name)}
+        for name in names
+    }
+    manifest = {"format": FORMAT, "name": final.name, "files": files}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    publish(temporary, final)
 
 
 def verify(folder: Path) -> None:

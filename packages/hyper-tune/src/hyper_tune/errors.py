@@ -1,4 +1,8 @@
-"""The one error type whose text is meant for the person at the command line."""
+"""The errors whose text is meant for the person at the command line."""
+
+from hyper_core import HyperError
+from lowrank_adapters import AdapterError
+from rank_budget import BudgetError
 
 
 class UserError(ValueError):
@@ -6,3 +10,7 @@ class UserError(ValueError):
 
     Commands print the text alone, without a traceback, and exit with status 2.
     """
+
+
+PERSONS_MISTAKES = (UserError, AdapterError, BudgetError, HyperError)
+EXIT_MISTAKE = 2

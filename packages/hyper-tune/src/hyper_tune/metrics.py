@@ -1,4 +1,4 @@
-"""The figures of each step, one JSON object a line."""
+"""Figures of each step, or records of each start: one JSON object a line."""
 
 import json
 from collections.abc import Mapping

@@ -50,6 +50,21 @@ def shard_base_(
     fully_shard(model, ignored_params=ignored)
 
 
+def usable_device(name: str) -> torch.device:
+    """Return the device of a name such as "cpu" or "cuda".
+
+    Raises:
+        UserError: the name is unknown, or this machine has no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device is {name!r}; expected cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but this machine has no usable GPU; set device=cpu.")
+    return device
+
+
 def start(device: torch.device) -> torch.device:
     """Join the job that `torchrun` describes in the environment; return this process's device.
 

@@ -13,7 +13,7 @@ from hyper_tune.metrics import Metrics
 
 
 class RunFolder:
-    """``checkpoints/``, ``metrics.jsonl``, ``config.yaml``, ``summary.json`` and ``adapter/``.
+    """``checkpoints/``, ``metrics.jsonl``, ``config.yaml``, ``starts.jsonl`` and the results.
 
     Only the process that has called `start` writes; the lock goes when it ends, however it ends.
     """
@@ -22,6 +22,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = Metrics(path / "metrics.jsonl")
+        self.starts = Metrics(path / "starts.jsonl")
         self._lock: TextIO | None = None
 
     def start(self, *, resume: bool) -> None:

@@ -20,7 +20,7 @@ from hyper_tune.torchtune.settings import RecipeSettings
 from lowrank_adapters import LowRankLinear, freeze_base_, inside_adapters
 
 _TOKENIZER_FILES = ("path", "merges_file", "special_tokens_path")
-_OUTPUT_CHUNKS = 8
+OUTPUT_CHUNKS = 8
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -32,7 +32,7 @@ def check_files(settings: RecipeSettings) -> None:
             file is not safetensors.
     """
     folder = Path(settings.checkpointer["checkpoint_dir"])
-    wanted = ["config.json", *_weight_files(settings.checkpointer)]
+    wanted = ["config.json", *weight_files(settings.checkpointer)]
     pickled = [name for name in wanted[1:] if not name.endswith(".safetensors")]
     if pickled:
         raise UserError(
@@ -46,7 +46,7 @@ def check_files(settings: RecipeSettings) -> None:
             f"no base model in {folder.absolute()}: {found} "
             f"({len(missing)} of {len(wanted)} files missing).\n{_remedy(settings, folder)}"
         )
-    hf_config(settings)
+    _check_config_file(folder)
     for key in _TOKENIZER_FILES:
         path = settings.tokenizer.get(key)
         if path is not None and not Path(path).is_file():
@@ -56,7 +56,12 @@ def check_files(settings: RecipeSettings) -> None:
             )
 
 
-def _weight_files(checkpointer: Mapping[str, Any]) -> list[str]:
+def weight_files(checkpointer: Mapping[str, Any]) -> list[str]:
+    """Return the names of the base's weight files, in order.
+
+    Raises:
+        UserError: the section does not say them.
+    """
     files = checkpointer.get("checkpoint_files")
     if isinstance(files, Mapping):
         formatted = FormattedCheckpointFiles.from_dict(dict(files))
@@ -89,7 +94,7 @@ def base_digest(settings: RecipeSettings) -> str:
     """
     digest = hashlib.sha256()
     folder = Path(settings.checkpointer["checkpoint_dir"])
-    for name in _weight_files(settings.checkpointer):
+    for name in weight_files(settings.checkpointer):
         size = (folder / name).stat().st_size
         digest.update(f"{name} {size}".encode())
         with (folder / name).open("rb") as file:
@@ -102,16 +107,14 @@ def base_digest(settings: RecipeSettings) -> str:
     return digest.hexdigest()
 
 
-def hf_config(settings: RecipeSettings) -> dict[str, Any]:
-    """Return the base's ``config.json``."""
-    path = Path(settings.checkpointer["checkpoint_dir"]) / "config.json"
+def _check_config_file(folder: Path) -> None:
+    path = folder / "config.json"
     try:
-        loaded = json.loads(path.read_text())
+        loaded = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}; fetch it again.") from error
     if not isinstance(loaded, dict) or "num_attention_heads" not in loaded:
         raise UserError(f"{path} has no num_attention_heads; give the config.json of the model.")
-    return loaded
 
 
 def dtype_of(settings: RecipeSettings) -> torch.dtype:
@@ -165,7 +168,7 @@ def load_(
                 module.rope_init()
     training.validate_no_params_on_meta_device(model)
     freeze_base_(model)
-    model.set_num_output_chunks(_OUTPUT_CHUNKS)
+    model.set_num_output_chunks(OUTPUT_CHUNKS)
 
 
 def _read_weights(settings: RecipeSettings) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ class Questions:
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
         self._conversations = read_records(Path(path), format)
-        self._prompts = [_prompt(tokenizer, messages(c)[:-1]) for c in self._conversations]
+        self._prompts = [prompt_tokens(tokenizer, messages(c)[:-1]) for c in self._conversations]
 
     def refuse_unfit(self, limit: int, vocabulary: int) -> None:
         """Compare with a model that reads ``limit`` tokens of a ``vocabulary``.
@@ -104,7 +104,7 @@ class Questions:
             answers = greedy(model, prompts, self._max_new_tokens, pad_id, device)
             wanted = [self._conversations[i].turns[-1].content.strip() for i in positions]
             right = sum(
-                _text(self._tokenizer, answer) == text
+                answer_text(self._tokenizer, answer) == text
                 for answer, text in zip(answers, wanted, strict=True)
             )
             if counts:
@@ -141,7 +141,8 @@ def greedy(
     ]
 
 
-def _prompt(tokenizer: Any, turns: list[Message]) -> list[int]:
+def prompt_tokens(tokenizer: Any, turns: list[Message]) -> list[int]:
+    """Return a conversation's tokens up to where the assistant's next answer begins."""
     asked = [*turns, Message(role="assistant", content="")]
     tokens = list(tokenizer({"messages": asked}, inference=True)["tokens"])
     # Qwen's tokenizer closes the turn that is to be written even so.
@@ -150,7 +151,8 @@ def _prompt(tokenizer: Any, turns: list[Message]) -> list[int]:
     return tokens
 
 
-def _text(tokenizer: Any, answer: list[int]) -> str:
+def answer_text(tokenizer: Any, answer: list[int]) -> str:
+    """Return the text of an answer's tokens before the first that ends it, stripped."""
     ends = [position for position, token in enumerate(answer) if token in tokenizer.stop_tokens]
     return str(tokenizer.decode(answer[: ends[0]] if ends else answer)).strip()
 

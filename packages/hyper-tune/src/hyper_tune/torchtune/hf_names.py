@@ -1,8 +1,7 @@
 """Names and row orders of torchtune's modules in the Hugging Face model of the same weights."""
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -34,16 +33,13 @@ def hf_module_name(name: str) -> str:
 
 
 def output_row_order(
-    model_type: str, hf_config: Mapping[str, Any]
+    model_type: str, num_heads: int, num_kv_heads: int
 ) -> Callable[[str, Tensor], Tensor]:
     """Return what reorders the rows of a LoRA B (out, rank) from torchtune's order to theirs.
 
     Only the queries and keys of models whose rotation is stored in pairs change; Qwen's do not.
     """
-    heads = {
-        "attn.q_proj": hf_config["num_attention_heads"],
-        "attn.k_proj": hf_config.get("num_key_value_heads", hf_config["num_attention_heads"]),
-    }
+    heads = {"attn.q_proj": num_heads, "attn.k_proj": num_kv_heads}
 
     def reorder(name: str, b: Tensor) -> Tensor:
         count = next((heads[key] for key in heads if name.endswith(key)), None)

@@ -56,7 +56,7 @@ class FineTuning:
     def _build(self) -> None:
         settings = self.settings
         check_files(settings)
-        self.device = parallel.start(_device(settings.device))
+        self.device = parallel.start(parallel.usable_device(settings.device))
         self.tokenizer = build_tokenizer(settings.tokenizer)
         model = build_on_meta(settings)
         self._open_data(limit=model.max_seq_len, vocabulary=model.tok_embeddings.num_embeddings)
@@ -259,12 +259,6 @@ class FineTuning:
     def _finish(self) -> None:
         after = self.evaluate()
         parallel.on_rank_zero(lambda: write_results(self, after), self.device)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is 'cuda', but this machine has no usable GPU; set device=cpu.")
-    return torch.device(name)
 
 
 def _warn_of_long_warmup(settings: RecipeSettings, total_steps: int) -> None:

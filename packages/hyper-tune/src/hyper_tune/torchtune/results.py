@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,8 @@ from tqdm import tqdm
 
 from hyper_tune import parallel
 from hyper_tune.step import StepReport
-from hyper_tune.torchtune.base_model import hf_config
 from hyper_tune.torchtune.evaluate import peak_memory_mib
-from hyper_tune.torchtune.hf_names import hf_module_name, output_row_order
+from hyper_tune.torchtune.exports import export_adapter
 
 if TYPE_CHECKING:
     from hyper_tune.torchtune.recipe import FineTuning
@@ -54,13 +52,7 @@ def progress_text(row: Mapping[str, Any], total_ranks: int) -> str:
 def write_results(run: "FineTuning", after: Mapping[str, float]) -> None:
     """Write the adapter and ``summary.json`` into the run's folder, and say where."""
     method, settings = run.method, run.settings
-    adapter = method.export(
-        run.folder.path / "adapter",
-        rename=hf_module_name,
-        transform_b=output_row_order(str(settings.checkpointer["model_type"]), hf_config(settings)),
-        base_model_name_or_path=_base_name(run),
-        task_type="CAUSAL_LM",
-    )
+    adapter = export_adapter(method, run.model, settings, run.folder.path / "adapter")
     factors = method.stack.values.numel()
     summary = {
         "before": run.before,
@@ -87,13 +79,6 @@ def write_results(run: "FineTuning", after: Mapping[str, float]) -> None:
             "warning: the held-out loss did not fall; look at metrics.jsonl, and choose "
             "optimizer.lr and the number of steps anew."
         )
-
-
-def _base_name(run: "FineTuning") -> str:
-    named = run.settings.base_model
-    if named is not None and "/" in named:
-        return named
-    return str(Path(run.settings.checkpointer["checkpoint_dir"]).absolute())
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

@@ -1,0 +1,67 @@
+"""`hyper-tune export`: a checkpoint as an adapter or a model that others read."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hyper_tune.durable import write_text
+from hyper_tune.errors import UserError
+from hyper_tune.model_card import CARD, model_card
+from hyper_tune.run_record import RunRecord
+
+
+class Format(StrEnum):
+    """What `export` writes."""
+
+    PEFT = "peft"
+    MERGED = "merged"
+
+
+class Dtype(StrEnum):
+    """Of the tensors of a merged model."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    *,
+    format_: Annotated[
+        Format,
+        typer.Option("--format", help="peft: plain LoRA; merged: the whole Hugging Face model."),
+    ] = Format.PEFT,
+    step: Annotated[
+        int | None, typer.Option(help="Of this step's checkpoint, not the newest.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Where the base model is now, if it was moved.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of a merged model; each weight keeps its own without it.")
+    ] = None,
+) -> None:
+    """Write a run's checkpoint as a LoRA adapter or a merged model, with a model card."""
+    if output.exists():
+        raise UserError(f"{output} exists; give a folder that does not.")
+    if dtype is not None and format_ is not Format.MERGED:
+        raise UserError(f"--dtype {dtype} is for --format merged; an adapter is float32.")
+    record = RunRecord.read(run)
+    from hyper_tune.torchtune import exports
+    from hyper_tune.torchtune.trained import open_trained
+
+    trained = open_trained(run, step=step, base=base)
+    ranks = trained.method.ranks()
+    merged = format_ is Format.MERGED
+    card = model_card(record, ranks, step=trained.step, merged=merged)
+    if merged:
+        chosen = None if dtype is None else exports.DTYPES[dtype]
+        exports.export_merged(trained, output, dtype=chosen, texts={CARD: card})
+    else:
+        exports.export_adapter(trained.method, trained.model, trained.settings, output)
+        write_text(output / CARD, card)
+    typer.echo(f"{output}: {format_}, of step {trained.step}")

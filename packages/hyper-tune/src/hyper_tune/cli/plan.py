@@ -1,0 +1,79 @@
+"""`hyper-tune plan`: what a run will take, before a GPU is asked for."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+from hyper_tune.cli.table import print_table
+from hyper_tune.overrides import apply_overrides
+from hyper_tune.packaged import find_config, read_config
+from hyper_tune.plan import USABLE, Rehearsal, gpu_bytes
+
+DOES_NOT_FIT = 1
+
+
+def plan(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change, as key=value.")
+    ] = None,
+    *,
+    config: Annotated[str, typer.Option(help="A packaged configuration, or a file.")],
+    nproc: Annotated[int, typer.Option(min=1, help="GPUs, over which the base is sharded.")] = 1,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of each sample; the most that it may have without it."),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Say whether it fits: a name with its GB, as h100-80.")
+    ] = None,
+) -> None:
+    """Print parameters, memory per GPU by part and communication of a step; status 1: no fit."""
+    memory_of_gpu = None if gpu is None else gpu_bytes(gpu)
+    loaded = read_config(find_config(config))
+    from hyper_tune.torchtune.rehearsal import longest_sample, rehearse
+    from hyper_tune.torchtune.settings import COMPONENTS, RecipeSettings
+
+    chosen = apply_overrides(loaded, overrides or [], COMPONENTS)
+    settings = RecipeSettings.from_config(chosen)
+    tokens = length or longest_sample(settings)
+    rehearsal = rehearse(settings, tokens)
+    memory = rehearsal.memory(nproc)
+    total = sum(memory.values())
+    _print_parameters(rehearsal)
+    micro_batch = f"{settings.batch_size} x {tokens} tokens"
+    _print_bytes(f"memory per GPU, {micro_batch}", memory, f"peak {_processes(nproc)}")
+    if nproc > 1:
+        steps = settings.gradient_accumulation_steps
+        received = rehearsal.communication(nproc, steps)
+        _print_bytes(f"received per GPU and step of {steps} micro-batches", received, "in all")
+    if memory_of_gpu is not None:
+        share = total / memory_of_gpu
+        fits = share <= USABLE
+        says = "fits" if fits else "does not fit"
+        typer.echo(f"{says} {gpu}: {share:.0%} of its memory; up to {USABLE:.0%} is usable")
+        if not fits:
+            raise typer.Exit(DOES_NOT_FIT)
+
+
+def _processes(count: int) -> str:
+    return "on 1 GPU" if count == 1 else f"on each of {count} GPUs"
+
+
+def _print_parameters(rehearsal: Rehearsal) -> None:
+    rows = {
+        "base, frozen": rehearsal.base_parameters,
+        "low-rank factors": rehearsal.factors,
+        "hypernetworks": rehearsal.hypernetworks,
+    }
+    lines = [(name, f"{count:,}") for name, count in rows.items()]
+    print_table(("parameters", "number"), lines, right=[1])
+    typer.echo()
+
+
+def _print_bytes(title: str, parts: Mapping[str, int], last: str) -> None:
+    rows = {**{part: count for part, count in parts.items() if count}, last: sum(parts.values())}
+    unit, size = ("GiB", 2**30) if rows[last] >= 2**30 else ("MiB", 2**20)
+    lines = [(name, f"{count / size:.2f}") for name, count in rows.items()]
+    print_table((title, unit), lines, right=[1])
+    typer.echo()

@@ -1,0 +1,161 @@
+"""A training step on the meta device: every operation with its shapes, and no memory."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchtune.modules import MultiHeadAttention, TransformerDecoder
+
+from hyper_tune.assembly import attach
+from hyper_tune.errors import UserError
+from hyper_tune.factors import FactorOwner
+from hyper_tune.memory import LiveMemory
+from hyper_tune.plan import Rehearsal
+from hyper_tune.torchtune.base_model import OUTPUT_CHUNKS, build_on_meta, prepare_
+from hyper_tune.torchtune.components import build
+from hyper_tune.torchtune.loss import cross_entropy_sum
+from hyper_tune.torchtune.settings import RecipeSettings
+from lowrank_adapters import FactorStack, accumulate_orthogonality_gradient_
+
+META = torch.device("meta")
+
+
+def longest_sample(settings: RecipeSettings) -> int:
+    """Return the most tokens of a sample: where it is cut, or what the model reads."""
+    cut = settings.tokenizer.get("max_seq_len")
+    return int(cut) if cut else int(build_on_meta(settings).max_seq_len)
+
+
+def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
+    """Carry out a step of samples of ``length`` tokens on one process, and measure it.
+
+    The model, the layers, the hypernetworks and the optimizer are those of a run; attention is
+    counted as flash attention, which does not keep its scores. Without compilation.
+
+    Raises:
+        UserError: a component cannot be built, or the model does not read so many tokens.
+    """
+    model = build_on_meta(settings)
+    if length > model.max_seq_len:
+        raise UserError(
+            f"samples of {length} tokens are planned, but the model reads {model.max_seq_len}; "
+            "give a --length up to that."
+        )
+    blocks = [list(layer.parameters()) for layer in model.layers]
+    in_blocks = {id(parameter) for block in blocks for parameter in block}
+    root = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
+    with META:
+        layers, stack, owner = attach(model, settings.method, device=META)
+    prepare_(model, replace(settings, compile=False), [])
+    _make_runnable_(model)
+    buffers = [buffer for _, buffer in model.named_buffers() if buffer.numel()]
+    masks = [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]
+    trained = [parameter for _, parameter in owner.named_parameters()]
+    generated = settings.method.hypernetwork is not None
+    hypernetworks = list(owner.state_dict().values()) if generated else []
+    optimizer = _optimizer(settings, trained)
+    held = [*model.parameters(), *buffers, *hypernetworks, stack.values, stack.grads]
+    with LiveMemory(held) as memory, warnings.catch_warnings():
+        # Which kernels are used is of no interest here.
+        warnings.simplefilter("ignore", UserWarning)
+        # The first update makes the optimizer's state, which the forward pass of the next has with
+        # it.
+        _update(memory, owner, stack, optimizer, settings)
+        _forward_and_backward(memory, model, owner, settings.batch_size, length)
+        _update(memory, owner, stack, optimizer, settings, refresh=False)
+    mask_ids = {id(mask) for mask in masks}
+    return Rehearsal(
+        blocks=blocks,
+        root=root,
+        buffers=[buffer for buffer in buffers if id(buffer) not in mask_ids],
+        factors=stack.values.numel(),
+        hypernetworks=sum(parameter.numel() for parameter in trained) if generated else 0,
+        held={
+            "factors": stack.values.nbytes + sum(mask.nbytes for mask in masks),
+            "factor gradients": stack.grads.nbytes,
+            "hypernetworks and their state": sum(tensor.nbytes for tensor in hypernetworks),
+        },
+        peak={part: memory.peak.get(part, 0) for part in _PARTS},
+    )
+
+
+_PARTS = (
+    *("optimizer", "generated factors, kept for their gradients", "hypernetwork gradients"),
+    *("activations", "logits and loss", "backward pass"),
+)
+
+
+def _make_runnable_(model: TransformerDecoder) -> None:
+    """Give the decoder what it needs to run without memory."""
+    model.set_num_output_chunks(OUTPUT_CHUNKS)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            module._attention_call = _flash_attention
+        if hasattr(module, "rope_init"):
+            with torch.device("cpu"):
+                module.rope_init()
+            module.to(META)
+
+
+def _flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool
+) -> Tensor:
+    # Left to itself, the meta device keeps the whole matrix of scores, as no GPU does.
+    del mask
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output: Tensor = flash(q, k, v, dropout_p, is_causal)[0]
+    return output
+
+
+def _optimizer(settings: RecipeSettings, trained: Sequence[Tensor]) -> Optimizer:
+    # One fused kernel computes the same and keeps the same, but not on the meta device.
+    component = {key: value for key, value in settings.optimizer.items() if key != "fused"}
+    optimizer: Optimizer = build("optimizer", component, list(trained))
+    return optimizer
+
+
+def _forward_and_backward(
+    memory: LiveMemory, model: nn.Module, owner: FactorOwner, batch_size: int, length: int
+) -> None:
+    memory.phase = "generated factors, kept for their gradients"
+    owner.refresh()
+    memory.phase = "activations"
+    tokens = torch.zeros(batch_size, length, dtype=torch.long, device=META)
+    labels = torch.zeros_like(tokens)
+
+    def after_the_layers(*_: object) -> None:
+        memory.phase = "logits and loss"
+
+    handle = model.get_submodule("norm").register_forward_hook(after_the_layers)
+    loss = cross_entropy_sum(model(tokens), labels)
+    handle.remove()
+    memory.phase = "backward pass"
+    torch.autograd.backward(loss)
+
+
+def _update(
+    memory: LiveMemory,
+    owner: FactorOwner,
+    stack: FactorStack,
+    optimizer: Optimizer,
+    settings: RecipeSettings,
+    *,
+    refresh: bool = True,
+) -> None:
+    """Do what a step does outside the model, on the gradients that are there."""
+    memory.phase = "hypernetwork gradients"
+    if refresh:
+        owner.refresh()
+    if settings.method.orthogonality is not None:
+        groups = [group for group in stack.groups if group.role in ("p", "q")]
+        accumulate_orthogonality_gradient_(groups, settings.method.orthogonality)
+    owner.backward()
+    memory.phase = "optimizer"
+    optimizer.step()
+    owner.commit()
+    optimizer.zero_grad()
+    stack.bind_grads_()

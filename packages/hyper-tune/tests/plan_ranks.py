@@ -1,0 +1,63 @@
+"""What each rank of a job holds, gathers and sums in a step, for a test to compare with the plan.
+
+Run by torchrun: `plan_ranks.py CONFIG FOLDER` writes FOLDER/RANK.json.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from allocations import allocated_at_most
+from hyper_tune import parallel
+from hyper_tune.torchtune.recipe import FineTuning
+from hyper_tune.torchtune.settings import RecipeSettings
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the bytes of the tensors that collective operations fill."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filled: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function.namespace == "c10d":
+            filled = args[0] if isinstance(args[0], Tensor) else args[0][0]
+            self.filled[function.overloadpacket.__name__] += filled.nbytes
+        return function(*args, **(kwargs or {}))
+
+
+def main(config: str, folder: Path) -> None:
+    """Write what this rank's second step does."""
+    torch.set_num_threads(1)
+    settings = RecipeSettings.from_config(OmegaConf.load(config))
+    with FineTuning(settings) as run:
+        factors = {id(leaf) for leaf in run.method.stack.leaf_parameters()}
+        base = [p for p in run.model.parameters() if id(p) not in factors]
+        run._optimize()
+        run.step += 1
+        with Collectives() as collectives:
+            run._optimize()
+        run.step += 1
+        seen = {
+            "length": len(run.data[0]["tokens"]),
+            "base": sum(p.to_local().nbytes for p in base),
+            "filled": collectives.filled,
+            "working": allocated_at_most(run._optimize),
+        }
+        name = f"{parallel.rank()}.json"
+    parallel.stop()
+    (folder / name).write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
