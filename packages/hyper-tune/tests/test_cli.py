@@ -269,6 +269,8 @@ def test_generate_answers_as_the_exported_model_does(
     draw = ("generate", folder, "Why?", "--temperature", 1.5, "--max-new-tokens", 12, "--seed")
     drawn = [said(*draw, seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+    cold = said("generate", folder, "Why?", "--temperature", 1e-4, "--max-new-tokens", 12)
+    assert cold == f"{expected[1]}\n" != drawn[0]
     assert "but the model reads 256; shorten it" in fails("generate", folder, "Why? " * 60)
 
 

@@ -23,7 +23,13 @@ def base(tmp_path: Path) -> Path:
     first = {"a": torch.randn(3, 4), "b": torch.randn(3, 4).bfloat16()}
     save_file(first, folder / FILES[0])
     save_file({"c": torch.randn(2, 2), "n": torch.arange(3)}, folder / FILES[1])
-    for name in ("tokenizer.json", "model.safetensors.index.json", "notes.md", "old.pth"):
+    for name in (
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "b.index.json",
+        "notes.md",
+        "old.pth",
+    ):
         (folder / name).write_text("{}")
     (folder / "config.json").write_text(json.dumps({"torch_dtype": "float32"}))
     (folder / "original").mkdir()

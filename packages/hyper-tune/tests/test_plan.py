@@ -21,6 +21,7 @@ from hyper_tune.torchtune.settings import RecipeSettings
 # Shared with a script that torchrun starts; test modules cannot import each other.
 ALLOCATIONS = runpy.run_path(str(Path(__file__).with_name("allocations.py")))
 BATCH = 4
+ConfigMaker = Callable[..., Path]
 CONSTANT = ("factors", "factor gradients", "hypernetworks and their state")
 
 
@@ -45,7 +46,7 @@ def even_records(tmp_path: Path) -> Path:
     ],
 )
 def test_the_plan_is_within_a_fiftieth_of_what_a_real_step_takes(
-    make_config: Callable[..., Path],
+    make_config: ConfigMaker,
     even_records: Path,
     request: pytest.FixtureRequest,
     name: str,
@@ -96,43 +97,53 @@ def test_the_plan_is_within_a_fiftieth_of_what_a_real_step_takes(
     assert (planned["hypernetworks and their state"] > 0) == name.startswith("hyper")
 
 
-def test_what_two_ranks_hold_gather_and_sum_is_as_planned(
-    tmp_path: Path, make_config: Callable[..., Path], even_records: Path
-) -> None:
-    config = make_config(
-        batch_size=BATCH,
-        gradient_accumulation_steps=3,
-        max_steps=3,
-        dataset={
-            "_component_": "hyper_tune.torchtune.data.file_dataset",
-            "path": str(even_records),
-        },
-    )
+def two_ranks(config: Path, folder: Path) -> list[dict[str, Any]]:
+    """What each of two processes saw of a step."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     worker = Path(__file__).parent / "plan_ranks.py"
     finished = subprocess.run(
-        [sys.executable, *launcher, str(worker), str(config), str(tmp_path)],
+        [sys.executable, *launcher, str(worker), str(config), str(folder)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert finished.returncode == 0, finished.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_what_two_ranks_hold_gather_and_sum_is_as_planned(
+    tmp_path: Path, make_config: ConfigMaker
+) -> None:
+    # Short samples and no hypernetworks, so that the gathered weights are most of the memory.
+    records = tmp_path / "short.jsonl"
+    rows = [{"question": f"{n:02d}", "answer": "yes"} for n in range(24)]
+    records.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(
+        method={"name": "lora", "init_rank": 1},
+        batch_size=1,
+        gradient_accumulation_steps=3,
+        max_steps=3,
+        dataset={"_component_": "hyper_tune.torchtune.data.file_dataset", "path": str(records)},
+    )
+    seen = two_ranks(config, tmp_path)
     settings = RecipeSettings.from_config(OmegaConf.load(config))
-    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     planned = rehearse(settings, seen[0]["length"])
     memory, received = planned.memory(2), planned.communication(2, micro_batches=3)
     # Rows that the ranks do not divide are padded, so that the first rank's share is the largest.
-    assert [rank["base"] <= memory["base weights"] for rank in seen] == [True, True]
-    assert seen[0]["base"] == memory["base weights"]
-    constant = sum(memory[part] for part in (*CONSTANT, "optimizer", "base weights"))
-    working = sum(memory.values()) - constant - memory["base buffers"]
+    assert seen[0]["base"] == memory["base weights"] >= seen[1]["base"]
+    constant = ("base weights", "base buffers", *CONSTANT, "optimizer")
+    working = sum(memory.values()) - sum(memory[part] for part in constant)
+    block, root = (sum(t.nbytes for t in group) for group in (planned.blocks[0], planned.root))
+    assert memory["gathered base weights"] == root + 3 * block
     for rank in seen:
         gathered, summed = (rank["filled"][name] for name in ("_allgather_base_", "allreduce_"))
         assert gathered / 2 == pytest.approx(received["gathering the base"], rel=0.01)
         # The sums of losses and tokens are two numbers more.
         assert summed - 2 * 8 == received["summing gradients"]
-        assert rank["working"] == pytest.approx(working, rel=0.02)
+        # gloo may hold the buffer that the root was gathered into until its work is forgotten, and
+        # may not yet hold a block when the most is in use.
+        assert working - 3 * block <= rank["working"] <= working + root
 
 
 def test_a_gpu_is_named_with_its_memory() -> None:

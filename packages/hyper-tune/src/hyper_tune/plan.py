@@ -46,12 +46,12 @@ class Rehearsal:
 
         With more than one process FSDP2 shards each parameter of the base by its first dimension.
         The root's are whole from the forward to the backward pass; of the blocks, one is in use
-        while the next is gathered.
+        while the next is gathered, into one buffer and from there into its parameters.
         """
         parts = {"base weights": sum(_share(tensor, processes) for tensor in self._base())}
         if processes > 1:
             largest = max(map(_bytes, self.blocks))
-            parts["gathered base weights"] = _bytes(self.root) + 2 * largest
+            parts["gathered base weights"] = _bytes(self.root) + 3 * largest
         parts["base buffers"] = _bytes(self.buffers)
         return parts | dict(self.held) | dict(self.peak)
 
