@@ -114,7 +114,7 @@ def test_a_missing_tokenizer_is_named(fails: Failing, tmp_path: Path) -> None:
         ("method.target_modules=5", "method.target_modules is 5, but must be names or patterns "),
         ("method.init_rank=3.5", "method.init_rank is 3.5, but must be a whole number at least"),
         ("method.init_rank=true", "method.init_rank is True, but must be a whole number at least"),
-        ("method.exclude=q_pro", "'q_pro' matches no linear layer; did you mean"),
+        ("method.exclude=q_pro", "'q_pro' matches no module that can be adapted; did you mean"),
         ("model.num_heads=5", "model: torchtune.models.llama3.llama3 cannot be built: "),
         ("device=cuda", "device is 'cuda', but this machine has no usable GPU; set device=cpu."),
         ("dataset.path=none.jsonl", "none.jsonl"),
