@@ -205,7 +205,7 @@ def test_compare_puts_the_figures_of_runs_side_by_side(
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_folder_explains_itself(trained: dict[str, Path]) -> None:
+def test_a_run_folder_explains_itself(trained: dict[str, Path], records: Path) -> None:
     folder = trained["second"]
     for picture in ("loss.png", "ranks.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
@@ -225,6 +225,8 @@ def test_a_run_folder_explains_itself(trained: dict[str, Path]) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert rank_table(summary["ranks"], summary["initial_rank"]) in card
     assert f"| held-out loss, after | {summary['after']['loss']:.4f} |" in card
+    assert records.name in card
+    assert str(records.parent) not in card
     assert str(folder) not in card
 
 
