@@ -42,8 +42,7 @@ class RoleDiagnosis:
 class Diagnosis:
     """Figures by role, and what they warn of, each with what to change.
 
-    Raises:
-        Nothing; it is made by `diagnose`.
+    It is made by `diagnose`.
 
     >>> Diagnosis(roles={}, warnings=()).warnings
     ()

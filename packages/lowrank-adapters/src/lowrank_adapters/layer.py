@@ -35,7 +35,7 @@ class LowRankLinear(nn.Module):
 
     ``start``: what the factors are at step 0; y is then exactly base(x), whatever they are. Where
     the start's product B₀ A₀ is not zero, it is kept in ``start_a`` and ``start_b`` (saved), and
-    the update is s · (B A - B₀ A₀), written as s · [B - B₀, B₀] [A; A - A₀], of twice the rank.
+    the update is s · (B A - B₀ A₀), written as s · `[B - B₀, B₀] [A; A - A₀]`, of twice the rank.
 
     Raises:
         AdapterError: the base is no linear map; the rank is below 1 or above what its matrix can
