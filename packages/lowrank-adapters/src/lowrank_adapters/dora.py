@@ -22,7 +22,9 @@ class DoRALinear(LoRALinear):
     ``detach_norm`` is False. Saved: a, b and magnitude.
     Start: rows of A of unit norm, B = 0, magnitude = ‖W‖, so that y = base(x).
     Cost: the norms are had from ‖W‖², W Aᵀ and r x r products; the matrix B A is never made. W Aᵀ
-    is a product of ``base`` with k more rows. ‖W‖ is computed once.
+    is a product of ``base`` with k more rows. ‖W‖ is computed when a base is there or is loaded by
+    ``load_state_dict`` of a module around the layer; call `materialise_` where a base's weight was
+    changed in another way. A magnitude that was not trained or loaded then follows it.
     Paper: DoRA (arXiv 2402.09353), equation 5 and, for the detached norm, section 4.3. Deviation:
     ``dropout`` acts on what B A gets, not on W's part of g ∘ W x. See `LowRankLinear` for the rest.
 
@@ -56,13 +58,20 @@ class DoRALinear(LoRALinear):
         norms = torch.zeros(self.out_features, device=device, dtype=wide)
         self.register_buffer("row_norms", norms, persistent=False)
 
+    def _place_(self, components: Components) -> None:
+        super()._place_(components)
+        self.magnitude.copy_(self.row_norms)
+
     def _read_base_(self) -> None:
         if self._base_is_meta():
             self.waiting = True
             return
-        self.magnitude.copy_(dense_matrix(self.map, self.base).norm(dim=1))
         # Rounded alike, so that their ratio is exactly one at the start.
-        self.row_norms.copy_(self.magnitude)
+        norms = dense_matrix(self.map, self.base).norm(dim=1).to(self.magnitude.dtype)
+        # One that still is what the norms were is at its start; any other was trained or loaded.
+        if (self.magnitude == self.row_norms).all():
+            self.magnitude.copy_(norms)
+        self.row_norms.copy_(norms)
 
     def _adapted(self, y: Tensor, x: Tensor) -> Tensor:
         a, b = self.product()
@@ -88,7 +97,12 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """Return g ∘ (W + s · B A) - W, (out, in)."""
+        """Return g ∘ (W + s · B A) - W, (out, in).
+
+        Raises:
+            AdapterError: the layer is merged.
+        """
+        self._refuse_merged()
         weight = dense_matrix(self.map, self.base)
         turned = weight + super().delta()
         norms = turned.norm(dim=1).clamp_min(torch.finfo(turned.dtype).tiny)
