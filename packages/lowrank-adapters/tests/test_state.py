@@ -400,7 +400,7 @@ def test_a_state_without_a_start_takes_the_layers_own_away(kit, tmp_path, load):
 
 
 def test_a_state_without_the_factors_says_nothing_of_the_start(kit):
-    model, layers = kit.adapted(LoRA(3, 4.5, start=PrincipalWeights()))
+    model, _ = kit.adapted(LoRA(3, 4.5, start=PrincipalWeights()))
     before = copy_of(model)
     own = adapter_state_dict(model)
     model.load_state_dict({n: t for n, t in before.items() if n not in own}, strict=False)
@@ -416,7 +416,7 @@ def test_product_of_a_start_of_another_shape(kit, shape):
         f"layers.0.q_proj.start_a is {shape} in the saved adapter, but (3, 5) here; load it into "
         "the model and rank it was trained with."
     )
-    with pytest.raises(RuntimeError, match="size mismatch for layers.0.q_proj.start_a"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for layers\.0\.q_proj\.start_a"):
         model.load_state_dict(trained.state_dict() | state)
 
 

@@ -76,7 +76,7 @@ class Factors(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.expect_(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @staticmethod
     def as_tokens(role: str, factor: Tensor) -> Tensor:

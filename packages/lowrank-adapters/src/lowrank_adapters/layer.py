@@ -66,7 +66,7 @@ class LowRankLinear(Factors):
         self.unmerged: Tensor | None = None
         self.waiting = False
         self._waiting_start: Start | None = None
-        self.register_load_state_dict_post_hook(_read_what_was_loaded)
+        self.register_load_state_dict_post_hook(_read_what_was_loaded)  # type: ignore[no-untyped-call]
         self._make_factors(torch.device(device), dtype)
         self.start_(start)
 
