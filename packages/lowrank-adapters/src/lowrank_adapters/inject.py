@@ -53,8 +53,8 @@ def inject_adapters_(
 
     Raises:
         AdapterError: a pattern that matches nothing (near names are listed), a rank that does not
-            fit a matrix, a module that is adapted already, is used in two places or shares its
-            weight. The model is left as it was.
+            fit a matrix, a module that is adapted already, is used in two places, shares its
+            weight or is not called by torch's fast path of a TransformerEncoderLayer. The model is left as it was.
 
     >>> from lowrank_adapters import SVD
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -78,6 +78,7 @@ def build_layers(
 ) -> dict[str, LowRankLinear]:
     """Return a layer around each named module; the model is left as it is until `place_`."""
     refuse_shared(model, list(makers))
+    _refuse_bypassed(model, list(makers))
     layers: dict[str, LowRankLinear] = {}
     for name, make in makers.items():
         base = model.get_submodule(name)
@@ -184,6 +185,24 @@ def refuse_shared(model: nn.Module, chosen: Sequence[str]) -> None:
                 raise AdapterError(
                     f"{shared} shares its weight ({first} and {name} are one tensor); exclude it."
                 )
+
+
+def _refuse_bypassed(model: nn.Module, chosen: Sequence[str]) -> None:
+    """Refuse what torch's fast path reads the weights of, and does not call, in evaluation.
+
+    Raises:
+        AdapterError: names the first such module.
+    """
+    if not torch.backends.mha.get_fastpath_enabled():
+        return
+    for name in chosen:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            raise AdapterError(
+                f"{name} is in a TransformerEncoderLayer, whose fast path reads its weight and "
+                "never calls it; call torch.backends.mha.set_fastpath_enabled(False) first, or "
+                "exclude it."
+            )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:
