@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.module import _IncompatibleKeys
 
+from lowrank_adapters.checks import check_dropout, check_positive
 from lowrank_adapters.errors import AdapterError
 from lowrank_adapters.factors import Factors
 from lowrank_adapters.maps import EmbeddingMap, dense_matrix, map_of
@@ -55,6 +56,7 @@ class LowRankLinear(Factors):
         super().__init__()
         self.map = map_of(base)
         self.in_features, self.out_features = self.map.in_width, self.map.out_width
+        check_positive("alpha", alpha)
         self._check(rank, dropout)
         self.base = base
         self.rank = rank
@@ -72,9 +74,9 @@ class LowRankLinear(Factors):
 
     def _check(self, rank: int, dropout: float) -> None:
         limit = min(self.in_features, self.out_features)
-        if not 1 <= rank <= limit:
+        if type(rank) is not int or not 1 <= rank <= limit:
             raise AdapterError(
-                f"rank is {rank}, but the matrix is {self.out_features} x {self.in_features}; "
+                f"rank is {rank!r}, but the matrix is {self.out_features} x {self.in_features}; "
                 f"choose a rank of 1 to {limit}, or exclude the module."
             )
         check_dropout(dropout)
@@ -264,13 +266,3 @@ class LowRankLinear(Factors):
 def _read_what_was_loaded(layer: LowRankLinear, _: _IncompatibleKeys) -> None:
     if layer._waiting_start is None and not layer.merged and not layer._base_is_meta():
         layer.materialise_()
-
-
-def check_dropout(dropout: float) -> None:
-    """Refuse what is no probability below one.
-
-    Raises:
-        AdapterError: ``dropout`` is outside [0, 1).
-    """
-    if not 0 <= dropout < 1:
-        raise AdapterError(f"dropout is {dropout}, expected a probability from 0 to below 1.")

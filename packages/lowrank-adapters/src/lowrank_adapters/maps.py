@@ -71,8 +71,8 @@ class LinearMap(_Matrix):
             return alone
         # Rounding with the bias takes least from a large product; float16 ends at 65504.
         scale = 2.0**6 if rows.dtype is torch.float16 else 2.0**16
-        y: Tensor = module(rows * scale)
-        return (y - bias) / scale
+        y: Tensor = (module(rows * scale) - bias) / scale
+        return y
 
     def orient(self, weight: Tensor) -> Tensor:
         """Return the weight, transposed where the module keeps it so."""
@@ -138,7 +138,7 @@ class EmbeddingMap(_Matrix):
         return columns if self.scale == 1 else columns * self.scale
 
     def update(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        """Return y plus scaling · B times the scaled columns of A at the indices x, in y's dtype."""
+        """Return y plus scaling · B times the scaled columns of A at the indices, in y's dtype."""
         return _add_up(y, self.down(x, a), b, scaling)
 
     def orient(self, weight: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ def collect_activations(
 ) -> dict[str, Tensor]:
     """Return the sums of x xᵀ over the inputs x of the layers, divided by the number of batches.
 
-    Shapes: each (in, in), float32 or wider. ``forward`` runs the model on a batch. The adapters are
-    off meanwhile.
+    Shapes: each (in, in), float32 or wider, all held at once. ``forward`` runs the model on
+    a batch. The adapters are off meanwhile.
 
     Raises:
         AdapterError: there is no batch, or a layer that is not used or not of a linear layer.
