@@ -290,6 +290,14 @@ def test_base_on_the_meta_device_takes_factors_elsewhere(kit):
             "layers.0.v_proj: rank is 9, but the matrix is 3 x 5; choose a rank of 1 to 3, or "
             "exclude the module.",
         ),
+        (
+            {"rank_pattern": {"v_proj": "2"}},
+            "layers.0.v_proj: rank is '2', expected a whole number of at least 1.",
+        ),
+        (
+            {"alpha_pattern": {"layers.1.v_proj": True}},
+            "layers.1.v_proj: alpha is True, expected a finite number above 0.",
+        ),
         ({"targets": []}, f"no module is left to adapt; {KINDS}"),
     ],
 )
@@ -325,10 +333,12 @@ def test_model_that_is_itself_a_layer(kit):
         )
 
 
+@pytest.mark.parametrize("own_parameter", [True, False])
 @pytest.mark.parametrize("tied", ["layers.0.q_proj", "layers.1.q_proj"])
-def test_shared_weight(kit, tied):
+def test_shared_weight(kit, tied, own_parameter):
     model = kit.Decoder()
-    model.layers[1].q_proj.weight = model.layers[0].q_proj.weight
+    weight = model.layers[0].q_proj.weight
+    model.layers[1].q_proj.weight = nn.Parameter(weight.data) if own_parameter else weight
     make = SVD(rank=2, alpha=4.0)
     assert text_and_unchanged(kit, model, make, [tied]) == (
         f"{tied} shares its weight (layers.0.q_proj.weight and layers.1.q_proj.weight are one "

@@ -222,13 +222,13 @@ def test_makers_build_the_layer_that_they_name():
         assert "rank=2, alpha=3.0" in repr(layer)
 
 
-@pytest.mark.parametrize("rank", [0, 6])
+@pytest.mark.parametrize("rank", [0, 6, 2.5, "4", True])
 @pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
 def test_rank_that_does_not_fit(kind, rank):
     with pytest.raises(AdapterError) as caught:
         kind(nn.Linear(6, 5), rank=rank, alpha=1.0)
     assert str(caught.value) == (
-        f"rank is {rank}, but the matrix is 5 x 6; choose a rank of 1 to 5, or exclude the module."
+        f"rank is {rank!r}, but the matrix is 5 x 6; choose a rank of 1 to 5, or exclude the module."
     )
 
 
