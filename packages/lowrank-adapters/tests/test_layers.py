@@ -228,7 +228,8 @@ def test_rank_that_does_not_fit(kind, rank):
     with pytest.raises(AdapterError) as caught:
         kind(nn.Linear(6, 5), rank=rank, alpha=1.0)
     assert str(caught.value) == (
-        f"rank is {rank!r}, but the matrix is 5 x 6; choose a rank of 1 to 5, or exclude the module."
+        f"rank is {rank!r}, but the matrix is 5 x 6; choose a rank of 1 to 5, or exclude the "
+        "module."
     )
 
 

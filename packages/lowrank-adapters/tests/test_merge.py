@@ -309,7 +309,7 @@ def test_what_reads_the_base_is_refused_while_it_is_merged(kit, make):
 
 
 def test_state_loaded_into_a_merged_model_leaves_the_norms_of_its_base(kit):
-    model, layers = kit.adapted(DoRA(3, 4.5))
+    model, _ = kit.adapted(DoRA(3, 4.5))
     expected = model(torch.arange(11))
     merge_(model)
     model.load_state_dict(bits(model))
