@@ -1,5 +1,6 @@
 """Saved adapters: exact sets of keys, and a refusal that changes nothing."""
 
+import copy
 import pickle
 
 import pytest
@@ -17,6 +18,7 @@ from lowrank_adapters import (
     PrincipalWeights,
     RankSampler,
     adapter_state_dict,
+    freeze_base_,
     inject_adapters_,
     load_adapter_,
     load_adapter_state_dict_,
@@ -420,10 +422,46 @@ def test_product_of_a_start_of_another_shape(kit, shape):
         model.load_state_dict(trained.state_dict() | state)
 
 
-def test_half_of_a_start(kit):
+@pytest.mark.parametrize("own", [True, False])
+def test_half_of_a_start(kit, own):
     trained, _ = started(kit, LoRA(3, 4.5), False)
-    model, _ = kit.adapted(LoRA(3, 4.5))
+    model, _ = started(kit, LoRA(3, 4.5), False) if own else kit.adapted(LoRA(3, 4.5))
     state = adapter_state_dict(trained)
     del state["layers.0.q_proj.start_b"]
     text = refusal(kit, load_adapter_state_dict_, model, state)
-    assert "missing none, unexpected ['layers.0.q_proj.start_a']" in text
+    missing, unexpected = "['layers.0.q_proj.start_b']", "none"
+    if not own:
+        missing, unexpected = "none", "['layers.0.q_proj.start_a']"
+    assert f"missing {missing}, unexpected {unexpected};" in text
+
+
+@pytest.mark.parametrize("make", [SVD(3, 4.5), DoRA(2, 4.0)], ids=str)
+def test_a_run_with_a_start_goes_on_as_it_would_have(kit, tmp_path, make):
+    def train(model, optimizer, steps):
+        for step in steps:
+            words = torch.tensor([step, (3 * step) % 11])
+            optimizer.zero_grad()
+            model(words).square().mean().backward()
+            optimizer.step()
+
+    def of(model):
+        freeze_base_(model)
+        return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    model, layers = started(kit, make, False)
+    plain = {n.replace(".base.", "."): t.clone() for n, t in model.state_dict().items()}
+    optimizer = of(model)
+    train(model, optimizer, range(4))
+    save_adapter(model, tmp_path)
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, range(4, 8))
+
+    again = kit.Decoder()
+    again.load_state_dict({name: plain[name] for name in again.state_dict()})
+    inject_adapters_(again, make)
+    load_adapter_(again, tmp_path)
+    optimizer = of(again)
+    optimizer.load_state_dict(saved)
+    train(again, optimizer, range(4, 8))
+    assert_same(again, copy_of(model))
+    assert all(layer.start_a is not None for layer in layers.values())
