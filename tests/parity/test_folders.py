@@ -8,6 +8,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from lowrank_adapters import (
     SVD,
@@ -20,6 +22,7 @@ from lowrank_adapters import (
     export_peft,
     import_peft_,
     inject_adapters_,
+    merged,
     set_rank_,
 )
 
@@ -236,6 +239,23 @@ def test_every_kind_of_module_that_peft_wrote(kit, tmp_path):
     assert list(import_peft_(ours, tmp_path)) == KINDS
     x = torch.arange(11).reshape(1, 11)
     torch.testing.assert_close(ours(x), theirs(x), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", [BartScaledWordEmbedding, Gemma3TextScaledWordEmbedding])
+def test_embedding_that_transformers_scales(kit, tmp_path, kind):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(kind(11, 12, 1, embed_scale=3.3), nn.Linear(12, 5))
+
+    theirs = get_peft_model(build(), kit.peft_config("lora", ["0"]))
+    kit.shaken(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours, x = build(), torch.arange(2, 11)
+    import_peft_(ours, tmp_path)
+    assert (theirs(x) - build()(x)).abs().max() > 0.1
+    torch.testing.assert_close(ours(x), theirs(x), **TOLERANCE)
+    with merged(ours):
+        torch.testing.assert_close(ours(x), theirs(x), **TOLERANCE)
 
 
 def test_convolution_of_pefts_adalora(kit, tmp_path):

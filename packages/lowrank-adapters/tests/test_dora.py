@@ -137,6 +137,98 @@ def test_row_of_zeros_stays_finite_and_may_learn():
     assert layer.delta().isfinite().all()
 
 
+def squares_of_rows(weight, a, b, scaling):
+    """‖W + s B A‖²; ‖W‖² + s Σ_k |B (2 W Aᵀ + s B A Aᵀ)|; and that of each number's size."""
+    squares, sizes, largest = [], [], []
+    for o in range(len(weight)):
+        row = weight[o]
+        for k in range(len(a)):
+            row = row + scaling * b[o, k] * a[k]
+        squares.append((row * row).sum())
+        size = large = (weight[o] * weight[o]).sum()
+        for k in range(len(a)):
+            terms = [2 * (weight[o] * a[k]).sum()]
+            terms += [scaling * b[o, j] * (a[j] * a[k]).sum() for j in range(len(a))]
+            size = size + scaling * (b[o, k] * sum(terms)).abs()
+            large = large + scaling * sum((b[o, k] * term).abs() for term in terms)
+        sizes.append(size)
+        largest.append(large)
+    return torch.stack(squares), torch.stack(sizes), torch.stack(largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("left", [1.0, 0.5, 0.03, 1e-3, 1e-6, 0.0, -1e-3, -1.0])
+def test_norm_of_what_the_update_takes_away_is_exact_but_for_rounding(dtype, factor_dtype, left):
+    base = nn.Linear(96, 64, dtype=dtype)
+    with torch.no_grad():
+        base.weight.copy_(torch.randn(64, 2) @ torch.randn(2, 96))
+        base.weight[5].zero_()
+    layer = DoRALinear(base, rank=2, alpha=3.0, dtype=factor_dtype)
+    u, sigma, rows = torch.linalg.svd(base.weight.detach().float(), full_matrices=False)
+    with torch.no_grad():
+        layer.a.copy_(rows[:2])
+        layer.b.copy_(u[:, :2] * sigma[:2] * (left - 1) / 1.5)
+    factors = layer.a.to(dtype).double(), layer.b.double()
+    exact, sizes, largest = squares_of_rows(base.weight.detach().double(), *factors, 1.5)
+    epsilon = max(torch.finfo(dtype).eps, torch.finfo(factor_dtype).eps)
+    least = 2 * epsilon * sizes
+
+    found = layer._norms(*layer.product(), dtype).detach()
+    assert found.dtype == torch.float32
+    alive = torch.arange(64) != 5
+    error = (found.double().square() - exact.maximum(least)).abs()
+    assert (error <= 2 * epsilon * largest)[alive].all()
+    gain = layer._gain(*layer.product(), dtype)
+    assert (gain.double() <= (1 + 2 * epsilon) * sizes.rsqrt() * layer.magnitude
+            / (2 * epsilon) ** 0.5)[alive].all()  # fmt: skip
+    assert gain[5] == 0
+    y = layer(torch.randn(7, 96, dtype=dtype))
+    assert y.isfinite().all()
+    assert torch.equal(y[:, 5], base.bias[5].expand(7))
+    if left == 1:
+        assert torch.equal(gain[alive], torch.ones(63))
+
+
+def test_a_norm_of_which_nothing_is_left_is_a_constant():
+    gradients = []
+    for detach_norm in (True, False):
+        torch.manual_seed(0)
+        layer = make(detach_norm)
+        with torch.no_grad():
+            u, sigma, rows = torch.linalg.svd(layer.base.weight, full_matrices=False)
+            layer.base.weight.copy_((u[:, :3] * sigma[:3]) @ rows[:3])
+            layer.a.copy_(rows[:3])
+            layer.b.copy_(-u[:, :3] * sigma[:3] / 1.5)
+        materialise_(layer)
+        loss = layer(torch.randn(7, 6, **WIDE)).square().sum()
+        gradients.append(torch.autograd.grad(loss, [layer.a, layer.b, layer.magnitude]))
+        assert all(gradient.isfinite().all() for gradient in gradients[-1])
+    assert gradients[0][0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+def test_large_norms_of_a_layer_cast_to_float16_do_not_overflow():
+    base = nn.Linear(60, 50)
+    with torch.no_grad():
+        base.weight.mul_(1000)
+    layer = DoRALinear(base, rank=4, alpha=3.0).to(torch.float16)
+    assert layer.row_norms.min() > 256  # whose square float16 does not hold
+    x = torch.randn(7, 60, dtype=torch.float16) / 100
+    assert torch.equal(layer(x), base(x))
+    assert layer(x).isfinite().all()
+
+
+def test_magnitude_of_a_row_of_zeros_may_be_anything():
+    base = nn.Linear(6, 5, dtype=torch.float16)
+    nn.init.zeros_(base.weight)
+    layer = DoRALinear(base, rank=2, alpha=2.0)
+    nn.init.ones_(layer.magnitude)
+    x = torch.randn(7, 6, dtype=torch.float16)
+    assert torch.equal(layer(x), base(x))
+    assert not layer.delta().any()
+
+
 def test_norms_of_the_base_are_not_saved():
     layer = make()
     assert {name for name, _ in layer.owned()} == {"a", "b", "magnitude"}

@@ -206,6 +206,28 @@ def test_ranks_that_cannot_be(kit):
             f"ranks are drawn from {low} to {high}, expected bounds from 1 to 4, the largest rank "
             "of the DyLoRA layers."
         )
+    sampler = RankSampler(layers, seed=3)
+    before = sampler.state_dict()
+    for key, value, text in [
+        (
+            "highest",
+            5,
+            "ranks are drawn from 1 to 5, expected bounds from 1 to 4, the largest rank",
+        ),
+        ("lowest", "1", "ranks are drawn from '1' to 4, expected bounds from 1 to 4, the largest"),
+        ("seed", 2.0, "seed is 2.0, expected a whole number."),
+        (
+            "step",
+            1,
+            "the state of the RankSampler has ['highest', 'lowest', 'seed', 'step'], expec",
+        ),
+    ]:
+        assert kit.error_text(sampler.load_state_dict, before | {key: value}).startswith(text)
+        assert sampler.state_dict() == before
+    assert kit.error_text(sampler.load_state_dict, {}) == (
+        "the state of the RankSampler has nothing, expected ['highest', 'lowest', 'seed']; give "
+        "what its state_dict returned."
+    )
     assert "from 1 to 0" in kit.error_text(RankSampler, plain, seed=0)
 
 

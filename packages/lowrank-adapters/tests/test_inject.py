@@ -1,13 +1,22 @@
 """Which layers are adapted, in what order, and that a refusal changes nothing."""
 
 import re
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from lowrank_adapters import SVD, LoRA, freeze_base_, inject_adapters_, inside_adapters
+from lowrank_adapters import (
+    SVD,
+    LoRA,
+    disable_adapters,
+    freeze_base_,
+    inject_adapters_,
+    inside_adapters,
+    merged,
+)
 
 BLOCK = ("q_proj", "v_proj", "mlp.w1", "mlp.w2")
 ALL = [f"layers.{i}.{name}" for i in (0, 1) for name in BLOCK]
@@ -150,7 +159,39 @@ def test_attention_of_torch_never_calls_its_output_projection(kit):
         "self_attn.out_proj: it is the output projection of a MultiheadAttention, which reads its "
         "weight and never calls it; exclude it."
     )
-    assert list(inject_adapters_(model, make)) == ["linear1", "linear2"]
+    with fast_path(enabled=False):
+        assert list(inject_adapters_(model, make)) == ["linear1", "linear2"]
+
+
+@contextmanager
+def fast_path(enabled):
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "linear2"])
+def test_fast_path_of_torchs_encoder_never_calls_its_linear_layers(kit, targets):
+    layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=6, batch_first=True)
+    model = nn.ModuleDict({"layer": layer}).eval()
+    make, x = LoRA(rank=2, alpha=2.0), torch.randn(2, 3, 4)
+    first = "layer.linear2" if targets == "linear2" else "layer.linear1"
+    assert text_and_unchanged(kit, model, make, targets) == (
+        f"{first} is in a TransformerEncoderLayer, whose fast path reads its weight and never "
+        "calls it; call torch.backends.mha.set_fastpath_enabled(False) first, or exclude it."
+    )
+    with fast_path(enabled=False):
+        inject_adapters_(model, make, targets)
+        kit.shaken(model)
+        freeze_base_(model)
+        found = model["layer"](x)
+        with merged(model):
+            torch.testing.assert_close(found, model["layer"](x), rtol=1e-4, atol=1e-5)
+        with disable_adapters(model):
+            assert (found - model["layer"](x)).abs().max() > 0.1
 
 
 def test_factors_are_made_where_each_base_is():
@@ -249,6 +290,14 @@ def test_base_on_the_meta_device_takes_factors_elsewhere(kit):
             "layers.0.v_proj: rank is 9, but the matrix is 3 x 5; choose a rank of 1 to 3, or "
             "exclude the module.",
         ),
+        (
+            {"rank_pattern": {"v_proj": "2"}},
+            "layers.0.v_proj: rank is '2', expected a whole number of at least 1.",
+        ),
+        (
+            {"alpha_pattern": {"layers.1.v_proj": True}},
+            "layers.1.v_proj: alpha is True, expected a finite number above 0.",
+        ),
         ({"targets": []}, f"no module is left to adapt; {KINDS}"),
     ],
 )
@@ -284,10 +333,12 @@ def test_model_that_is_itself_a_layer(kit):
         )
 
 
+@pytest.mark.parametrize("own_parameter", [True, False])
 @pytest.mark.parametrize("tied", ["layers.0.q_proj", "layers.1.q_proj"])
-def test_shared_weight(kit, tied):
+def test_shared_weight(kit, tied, own_parameter):
     model = kit.Decoder()
-    model.layers[1].q_proj.weight = model.layers[0].q_proj.weight
+    weight = model.layers[0].q_proj.weight
+    model.layers[1].q_proj.weight = nn.Parameter(weight.data) if own_parameter else weight
     make = SVD(rank=2, alpha=4.0)
     assert text_and_unchanged(kit, model, make, [tied]) == (
         f"{tied} shares its weight (layers.0.q_proj.weight and layers.1.q_proj.weight are one "

@@ -222,13 +222,14 @@ def test_makers_build_the_layer_that_they_name():
         assert "rank=2, alpha=3.0" in repr(layer)
 
 
-@pytest.mark.parametrize("rank", [0, 6])
+@pytest.mark.parametrize("rank", [0, 6, 2.5, "4", True])
 @pytest.mark.parametrize("kind", [LoRALinear, SVDLinear])
 def test_rank_that_does_not_fit(kind, rank):
     with pytest.raises(AdapterError) as caught:
         kind(nn.Linear(6, 5), rank=rank, alpha=1.0)
     assert str(caught.value) == (
-        f"rank is {rank}, but the matrix is 5 x 6; choose a rank of 1 to 5, or exclude the module."
+        f"rank is {rank!r}, but the matrix is 5 x 6; choose a rank of 1 to 5, or exclude the "
+        "module."
     )
 
 
@@ -297,7 +298,15 @@ def test_autocast_gives_the_bases_dtype(kind, factor_dtype):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"rank": 0}, "rank is 0, expected at least 1."),
+        ({"rank": 0}, "rank is 0, expected a whole number of at least 1."),
+        ({"rank": "4"}, "rank is '4', expected a whole number of at least 1."),
+        ({"rank": 2.5}, "rank is 2.5, expected a whole number of at least 1."),
+        ({"rank": True}, "rank is True, expected a whole number of at least 1."),
+        ({"alpha": "4"}, "alpha is '4', expected a finite number above 0."),
+        ({"alpha": True}, "alpha is True, expected a finite number above 0."),
+        ({"dropout": None}, "dropout is None, expected a probability from 0 to below 1."),
+        ({"rslora": 1}, "rslora is 1, expected True or False."),
+        ({"start": "pissa"}, "start is 'pissa', expected a start such as UnitRows()."),
         ({"alpha": 0.0}, "alpha is 0.0, expected a finite number above 0."),
         ({"alpha": float("nan")}, "alpha is nan, expected a finite number above 0."),
         ({"dropout": 1.0}, "dropout is 1.0, expected a probability from 0 to below 1."),

@@ -25,6 +25,27 @@ class Conv1D(nn.Module):
         return x @ self.weight + self.bias
 
 
+class TwoScaledWordEmbedding(nn.Embedding):
+    """As those of Bart in transformers."""
+
+    embed_scale = 2.5
+
+    def forward(self, indices):
+        return super().forward(indices) * self.embed_scale
+
+
+class BufferScaledWordEmbedding(nn.Embedding):
+    """As those of Gemma 3."""
+
+    def __init__(self, *widths, scale, **options):
+        super().__init__(*widths, **options)
+        self.scalar_embed_scale = scale
+        self.register_buffer("embed_scale", torch.tensor(scale), persistent=False)
+
+    def forward(self, indices):
+        return super().forward(indices) * self.embed_scale.to(self.weight.dtype)
+
+
 def bases():
     channels_last = nn.Conv2d(2, 4, 3, **WIDE).to(memory_format=torch.channels_last)
     image, tokens = torch.randn(2, 2, 6, 5, **WIDE), torch.randn(2, 3, 6, **WIDE)
@@ -40,6 +61,11 @@ def bases():
         ),
         "conv2d-channels-last": (channels_last, image),
         "embedding": (nn.Embedding(7, 4, padding_idx=2, **WIDE), torch.tensor([[0, 2], [6, 6]])),
+        "scaled-embedding": (TwoScaledWordEmbedding(7, 4, **WIDE), torch.tensor([[0, 2], [6, 6]])),
+        "buffer-scaled-embedding": (
+            BufferScaledWordEmbedding(7, 4, scale=33.94, **WIDE),
+            torch.tensor([[0, 2], [6, 6]]),
+        ),
     }
 
 
@@ -160,6 +186,33 @@ def test_multiply_is_the_product_without_the_bias(name):
     )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.bfloat16, 2e-5), (torch.float16, 2e-3), (torch.float32, 1e-6)]
+)
+def test_large_bias_takes_nothing_from_the_product_of_a_called_base(dtype, atol):
+    class Called(nn.Linear):
+        """Called, because its weight may be anything."""
+
+    base = Called(64, 48, dtype=dtype)
+    with torch.no_grad():
+        base.bias.fill_(100)
+    rows = nn.functional.normalize(torch.randn(4, 64), dim=1).to(dtype)
+    expected = rows.double() @ base.weight.double().T
+    found = map_of(base).multiply(base, rows)
+    assert found.dtype == dtype
+    rtol = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scale_of_an_embedding_is_rounded_as_the_module_rounds_it(dtype):
+    with torch.device("meta"):
+        base = BufferScaledWordEmbedding(7, 4, scale=33.94, dtype=dtype)
+    expected = torch.tensor(33.94).to(dtype).item()
+    assert map_of(base).scale == expected
+    assert map_of(BufferScaledWordEmbedding(7, 4, scale=33.94, dtype=dtype)).scale == expected
+
+
 class Packed(nn.Module):
     """As bitsandbytes' linear layers: the weight is bytes in another shape, numbers are made."""
 
@@ -242,6 +295,16 @@ def test_update_is_rounded_once_into_a_narrow_weight():
             nn.MultiheadAttention(4, 2).out_proj,
             "it is the output projection of a MultiheadAttention, which reads its weight and never "
             "calls it; exclude it.",
+        ),
+        (
+            type("NormedEmbeddings", (nn.Embedding,), {"forward": lambda self, x: x})(5, 4),
+            "it is a NormedEmbeddings, which computes something else than the Embedding that it "
+            "derives from; exclude it.",
+        ),
+        (
+            type("ScaledConv", (nn.Conv2d,), {"forward": lambda self, x: x})(4, 4, 3),
+            "it is a ScaledConv, which computes something else than the Conv2d that it derives "
+            "from; exclude it.",
         ),
         (
             nn.LayerNorm(4),

@@ -14,13 +14,16 @@ from lowrank_adapters import (
     DyLoRA,
     LoRA,
     PrincipalWeights,
+    UnitRows,
     disable_adapters,
     inject_adapters_,
     load_adapter_state_dict_,
+    materialise_,
     merge_,
     merged,
     remove_adapters_,
     set_rank_,
+    start_factors_,
     unmerge_,
 )
 
@@ -288,6 +291,30 @@ def test_merging_twice_and_unmerging_twice(kit):
     state = {name: tensor for name, tensor in after.items() if ".base." not in name}
     assert kit.error_text(load_adapter_state_dict_, model, state) == merged_already
     assert_same(model, after)
+
+
+@pytest.mark.parametrize("make", [LoRA(3, 4.5), DoRA(3, 4.5)], ids=str)
+def test_what_reads_the_base_is_refused_while_it_is_merged(kit, make):
+    model, layers = kit.adapted(make)
+    merge_(model)
+    after, text = bits(model), "it is merged, so that its base is not what it was; unmerge first."
+    first = next(iter(layers.values()))
+    assert kit.error_text(first.delta) == text
+    assert kit.error_text(first.start_, PrincipalWeights()) == text
+    for call in (lambda: start_factors_(layers, UnitRows()), lambda: materialise_(model)):
+        assert kit.error_text(call) == f"layers.0.q_proj: {text}"
+    assert_same(model, after)
+    unmerge_(model)
+    assert first.delta().any()
+
+
+def test_state_loaded_into_a_merged_model_leaves_the_norms_of_its_base(kit):
+    model, _ = kit.adapted(DoRA(3, 4.5))
+    expected = model(torch.arange(11))
+    merge_(model)
+    model.load_state_dict(bits(model))
+    unmerge_(model)
+    assert torch.equal(model(torch.arange(11)), expected)
 
 
 def test_disabled_adapters_leave_the_plain_model(kit):

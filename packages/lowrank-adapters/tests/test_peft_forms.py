@@ -1,5 +1,6 @@
 """The forms of an export hold the same update, and reading one gives it back."""
 
+import copy
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from lowrank_adapters import (
     PrincipalWeights,
     SVDLinear,
     UnitRows,
+    adapted_layers,
     adapter_state_dict,
     export_peft,
     import_peft_,
@@ -24,6 +26,7 @@ from lowrank_adapters import (
     load_adapter_,
     save_adapter,
     set_rank_,
+    start_factors_,
 )
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -124,6 +127,23 @@ def test_adalora_that_is_not_pruned_has_no_pattern(kit, tmp_path):
     _, layers = masked(kit, [[True] * 3] * 4)
     _, config = read(export_peft(layers, tmp_path / "adapter", form="adalora"))
     assert config["rank_pattern"] is None
+
+
+@pytest.mark.parametrize("form", ["padded", "compact", "adalora"])
+def test_rows_of_the_update_are_reordered_in_every_form(kit, tmp_path, form):
+    _, layers = masked(kit, [[True, False, True]] * 4)
+    seen = []
+
+    def flip(name, b):
+        seen.append(name)
+        return b.flip(0) if name == NAMES[0] else b
+
+    folder = export_peft(layers, tmp_path / "adapter", form=form, transform_b=flip)
+    assert seen == NAMES
+    for name, found in import_peft_(kit.Decoder(blocks=1), folder).items():
+        expected = layers[name].delta()
+        expected = expected.flip(0) if name == NAMES[0] else expected
+        torch.testing.assert_close(found.delta(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["padded", "compact"])
@@ -329,11 +349,14 @@ def test_saving_and_loading_is_the_identity(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("saved")
     save_adapter(model, folder)
     state = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+    fresh = copy.deepcopy(model)
+    start_factors_(adapted_layers(fresh), UnitRows())
     with torch.no_grad():
-        for layer in layers.values():
-            for _, tensor in layer.owned():
-                tensor.copy_(torch.rand(tensor.shape) > 0.5)
-    load_adapter_(model, folder)
-    found = adapter_state_dict(model)
+        for tensor in adapter_state_dict(fresh).values():
+            tensor.copy_(torch.rand(tensor.shape) > 0.5)
+    load_adapter_(fresh, folder)
+    x = torch.randn(3, layers["0"].in_features, dtype=torch.float64)
+    assert torch.equal(fresh(x), model(x))
+    found = adapter_state_dict(fresh)
     torch.testing.assert_close(found, state, rtol=0, atol=0)
     assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in state.items()}

@@ -249,6 +249,11 @@ def test_merged_import_is_the_sum(kit, tmp_path):
         ),
         (LORA | {"modules_to_save": "head"}, ": modules_to_save is 'head', expected a list of"),
         (
+            ADALORA | {"alpha_pattern": {"q_proj": 2}},
+            ": alpha_pattern is set, which PEFT's AdaLoRA does not apply; leave it out if the "
+            "adapter was trained without it.",
+        ),
+        (
             ADALORA | {"rank_pattern": {"x.lora_E": 2}},
             ": rank_pattern has 2 for x.lora_E, expected a list of bools.",
         ),
@@ -497,6 +502,14 @@ def test_any_damage_to_the_tensors_loads_or_is_refused_in_one_line(tmp_path_fact
         damaged[place] = data.draw(st.integers(0, 255) | st.sampled_from(b'0123456789FB"[]{},'))
     (folder / TENSORS).write_bytes(damaged)
     loads_or_is_refused(kit, folder)
+
+
+def test_reading_draws_no_random_number(kit, tmp_path):
+    folder = write(tmp_path, LORA, lora_tensors())
+    model = kit.Decoder(blocks=1)
+    before = torch.get_rng_state()
+    import_peft_(model, folder)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_reading_leaves_the_folder_alone(kit, tmp_path):

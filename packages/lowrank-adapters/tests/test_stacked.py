@@ -198,6 +198,32 @@ def test_cast_after_stacking(kit):
     )
 
 
+def by_assignment(model, layers):
+    model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+
+
+def by_another_stack(model, layers):
+    FactorStack(layers)
+
+
+def by_a_mask(model, layers):
+    layers["layers.0.q_proj"].rank_mask = torch.ones(3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("replace", "what"), [(by_assignment, "p"), (by_another_stack, "p"), (by_a_mask, "rank_mask")]
+)
+def test_factor_or_mask_that_was_replaced(kit, replace, what):
+    model, layers = kit.adapted()
+    stack = FactorStack(layers)
+    replace(model, layers)
+    stack.bind_grads_()
+    assert kit.error_text(stack.check_bound) == (
+        f"layers.0.q_proj.{what} was replaced after it was stacked, by another stack or "
+        "load_state_dict(assign=True); load without assign, and keep one stack."
+    )
+
+
 @pytest.mark.parametrize("replacement", [None, torch.zeros(3)])
 def test_gradient_that_was_replaced(kit, replacement):
     _, layers = kit.adapted()

@@ -232,6 +232,33 @@ def test_collected_gradients_of_convolutions_and_embeddings():
     torch.testing.assert_close(found["1"], expected[1].flatten(1), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("first", ["linear", "conv2d"])
+def test_gradients_are_collected_where_the_next_module_works_in_place(first):
+    base = {"linear": nn.Linear(6, 5), "conv2d": nn.Conv2d(6, 5, 1)}[first]
+    x = torch.randn(3, 6) if first == "linear" else torch.randn(3, 6, 2, 2)
+    model = nn.Sequential(base, nn.ReLU(inplace=True), nn.Flatten())
+    model(x).square().mean().backward()
+    expected = base.weight.grad.flatten(1)
+    layers = inject_adapters_(model, LoRA(2, 2.0), "0")
+    found = collect_gradients(model, layers, lambda x: model(x).square().mean(), [x])
+    torch.testing.assert_close(found["0"], expected)
+
+
+def test_gradients_of_a_scaled_embedding_are_those_of_its_table():
+    class TwiceScaledWordEmbedding(nn.Embedding):
+        embed_scale = 2.5
+
+        def forward(self, indices):
+            return super().forward(indices) * self.embed_scale
+
+    model, words = nn.Sequential(TwiceScaledWordEmbedding(7, 4)), torch.tensor([1, 3, 3])
+    model(words).square().mean().backward()
+    expected = model[0].weight.grad.T
+    layers = inject_adapters_(model, LoRA(2, 2.0), "0")
+    found = collect_gradients(model, layers, lambda x: model(x).square().mean(), [words])
+    torch.testing.assert_close(found["0"], expected)
+
+
 def test_layer_that_nothing_reaches(kit):
     model = nn.ModuleDict({"used": nn.Linear(6, 6), "idle": nn.Linear(6, 6)})
     layers = inject_adapters_(model, LoRA(rank=2, alpha=1.0))

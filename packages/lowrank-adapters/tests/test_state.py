@@ -1,5 +1,6 @@
 """Saved adapters: exact sets of keys, and a refusal that changes nothing."""
 
+import copy
 import pickle
 
 import pytest
@@ -12,14 +13,18 @@ from lowrank_adapters import (
     DoRA,
     DyLoRA,
     FactorStack,
+    GradientStep,
     LoRA,
+    PrincipalWeights,
     RankSampler,
     adapter_state_dict,
+    freeze_base_,
     inject_adapters_,
     load_adapter_,
     load_adapter_state_dict_,
     save_adapter,
     set_rank_,
+    start_factors_,
 )
 
 FILE = "adapter.safetensors"
@@ -337,3 +342,126 @@ def test_file_from_elsewhere(kit, tmp_path, metadata, text):
         metadata = {"format": "lowrank-adapters 1"} | metadata
     save_file(load_file(tmp_path / FILE), tmp_path / FILE, metadata=metadata)
     assert f"{tmp_path / FILE} {text}" in refusal(kit, load_adapter_, model, tmp_path)
+
+
+def started(kit, make, stacked):
+    """A trained model whose start has a product, with its layers."""
+    model = kit.Decoder()
+    layers = inject_adapters_(model, make)
+    gradients = {n: torch.randn(la.out_features, la.in_features) for n, la in layers.items()}
+    start_factors_(layers, GradientStep(size=0.5), gradients)
+    if stacked:
+        FactorStack(layers)
+    return kit.shaken(model), layers
+
+
+def load_by_file(model, trained, folder):
+    save_adapter(trained, folder)
+    load_adapter_(model, folder)
+
+
+def load_by_state(model, trained, _):
+    load_adapter_state_dict_(model, adapter_state_dict(trained))
+
+
+def load_by_torch(model, trained, _):
+    model.load_state_dict({name: tensor.clone() for name, tensor in trained.state_dict().items()})
+
+
+LOADS = pytest.mark.parametrize("load", [load_by_file, load_by_state, load_by_torch])
+
+
+@LOADS
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("make", [SVD(3, 4.5), LoRA(3, 4.5), DoRA(2, 4.0)], ids=str)
+def test_the_product_of_a_start_is_loaded_into_a_fresh_model(kit, tmp_path, load, make, stacked):
+    trained, _ = started(kit, make, stacked)
+    model = kit.Decoder()
+    model.load_state_dict(
+        {name.replace(".base.", "."): t for name, t in trained.state_dict().items()}, strict=False
+    )
+    layers = inject_adapters_(model, make)
+    if stacked:
+        stack = FactorStack(layers)
+    load(model, trained, tmp_path)
+    words = torch.arange(11)
+    assert torch.equal(model(words), trained(words))
+    assert_same(model, copy_of(trained))
+    for name, tensor in adapter_state_dict(trained).items():
+        assert tensor.data_ptr() != adapter_state_dict(model)[name].data_ptr(), name
+    if stacked:
+        stack.check_bound()
+
+
+@LOADS
+def test_a_state_without_a_start_takes_the_layers_own_away(kit, tmp_path, load):
+    trained, _ = kit.adapted(LoRA(3, 4.5))
+    model, _ = kit.adapted(LoRA(3, 4.5, start=PrincipalWeights()))
+    load(model, trained, tmp_path)
+    assert set(adapter_state_dict(model)) == set(adapter_state_dict(trained))
+
+
+def test_a_state_without_the_factors_says_nothing_of_the_start(kit):
+    model, _ = kit.adapted(LoRA(3, 4.5, start=PrincipalWeights()))
+    before = copy_of(model)
+    own = adapter_state_dict(model)
+    model.load_state_dict({n: t for n, t in before.items() if n not in own}, strict=False)
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (3, 4)])
+def test_product_of_a_start_of_another_shape(kit, shape):
+    trained, _ = started(kit, LoRA(3, 4.5), False)
+    model, _ = kit.adapted(LoRA(3, 4.5))
+    state = adapter_state_dict(trained) | {"layers.0.q_proj.start_a": torch.zeros(shape)}
+    assert refusal(kit, load_adapter_state_dict_, model, state) == (
+        f"layers.0.q_proj.start_a is {shape} in the saved adapter, but (3, 5) here; load it into "
+        "the model and rank it was trained with."
+    )
+    with pytest.raises(RuntimeError, match=r"size mismatch for layers\.0\.q_proj\.start_a"):
+        model.load_state_dict(trained.state_dict() | state)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_half_of_a_start(kit, own):
+    trained, _ = started(kit, LoRA(3, 4.5), False)
+    model, _ = started(kit, LoRA(3, 4.5), False) if own else kit.adapted(LoRA(3, 4.5))
+    state = adapter_state_dict(trained)
+    del state["layers.0.q_proj.start_b"]
+    text = refusal(kit, load_adapter_state_dict_, model, state)
+    missing, unexpected = "['layers.0.q_proj.start_b']", "none"
+    if not own:
+        missing, unexpected = "none", "['layers.0.q_proj.start_a']"
+    assert f"missing {missing}, unexpected {unexpected};" in text
+
+
+@pytest.mark.parametrize("make", [SVD(3, 4.5), DoRA(2, 4.0)], ids=str)
+def test_a_run_with_a_start_goes_on_as_it_would_have(kit, tmp_path, make):
+    def train(model, optimizer, steps):
+        for step in steps:
+            words = torch.tensor([step, (3 * step) % 11])
+            optimizer.zero_grad()
+            model(words).square().mean().backward()
+            optimizer.step()
+
+    def of(model):
+        freeze_base_(model)
+        return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    model, layers = started(kit, make, False)
+    plain = {n.replace(".base.", "."): t.clone() for n, t in model.state_dict().items()}
+    optimizer = of(model)
+    train(model, optimizer, range(4))
+    save_adapter(model, tmp_path)
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, range(4, 8))
+
+    again = kit.Decoder()
+    again.load_state_dict({name: plain[name] for name in again.state_dict()})
+    inject_adapters_(again, make)
+    load_adapter_(again, tmp_path)
+    optimizer = of(again)
+    optimizer.load_state_dict(saved)
+    train(again, optimizer, range(4, 8))
+    assert_same(again, copy_of(model))
+    assert all(layer.start_a is not None for layer in layers.values())

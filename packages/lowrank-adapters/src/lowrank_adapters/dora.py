@@ -13,6 +13,8 @@ from lowrank_adapters.maker import LowRankMaker
 from lowrank_adapters.maps import LinearMap, dense_matrix
 from lowrank_adapters.starts import Components
 
+_ROUNDINGS = 2
+
 
 class DoRALinear(LoRALinear):
     """y = bias + g ∘ (W x + s · B A x), g = magnitude / ‖W + s · B A‖, row by row.
@@ -22,7 +24,13 @@ class DoRALinear(LoRALinear):
     ``detach_norm`` is False. Saved: a, b and magnitude.
     Start: rows of A of unit norm, B = 0, magnitude = ‖W‖, so that y = base(x).
     Cost: the norms are had from ‖W‖², W Aᵀ and r x r products; the matrix B A is never made. W Aᵀ
-    is a product of ``base`` with k more rows. ‖W‖ is computed once.
+    is a product of ``base`` with k more rows. ‖W‖ is computed when a base is there or is loaded by
+    ``load_state_dict`` of a module around the layer; call `materialise_` where a base's weight was
+    changed in another way. A magnitude that was not trained or loaded then follows it.
+    Limit: where s · B A takes most of W away, ‖W + s · B A‖² is the difference of large numbers. It
+    is then taken as at least 2 ε (‖W‖² + Σ_k |its terms|), ε of the coarser of x's dtype and the
+    magnitude's: a row of norm below about 2 √ε ‖W‖ gets less gain than by its exact norm, which
+    `delta` takes.
     Paper: DoRA (arXiv 2402.09353), equation 5 and, for the detached norm, section 4.3. Deviation:
     ``dropout`` acts on what B A gets, not on W's part of g ∘ W x. See `LowRankLinear` for the rest.
 
@@ -56,13 +64,20 @@ class DoRALinear(LoRALinear):
         norms = torch.zeros(self.out_features, device=device, dtype=wide)
         self.register_buffer("row_norms", norms, persistent=False)
 
+    def _place_(self, components: Components) -> None:
+        super()._place_(components)
+        self.magnitude.copy_(self.row_norms)
+
     def _read_base_(self) -> None:
         if self._base_is_meta():
             self.waiting = True
             return
-        self.magnitude.copy_(dense_matrix(self.map, self.base).norm(dim=1))
         # Rounded alike, so that their ratio is exactly one at the start.
-        self.row_norms.copy_(self.magnitude)
+        norms = dense_matrix(self.map, self.base).norm(dim=1).to(self.magnitude.dtype)
+        # One that still is what the norms were is at its start; any other was trained or loaded.
+        if (self.magnitude == self.row_norms).all():
+            self.magnitude.copy_(norms)
+        self.row_norms.copy_(norms)
 
     def _adapted(self, y: Tensor, x: Tensor) -> Tensor:
         a, b = self.product()
@@ -79,19 +94,32 @@ class DoRALinear(LoRALinear):
 
     def _norms(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         """‖W + s B A‖ by row: ‖W‖² + s Σ_k B ∘ (2 W Aᵀ + s B A Aᵀ)."""
-        crossed = self.map.multiply(self.base, a.to(dtype)).T.to(self.row_norms.dtype)
-        a, b = a.to(crossed.dtype), b.to(crossed.dtype)
-        mixed = torch.addmm(crossed, b, a @ a.T, beta=2, alpha=self.scaling)
-        squares = self.row_norms.square() + self.scaling * (b * mixed).sum(1)
-        # A row of zeros has a norm that can be divided by, and stays zero.
-        return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+        crossed = self.map.multiply(self.base, a.to(dtype)).T
+        coarsest = max(torch.finfo(found).eps for found in (crossed.dtype, self.magnitude.dtype))
+        # Squares of numbers as narrow as the buffer may be would overflow.
+        wide = torch.promote_types(self.row_norms.dtype, torch.float32)
+        a, b, whole = a.to(dtype).to(wide), b.to(wide), self.row_norms.to(wide).square()
+        mixed = torch.addmm(crossed.to(wide), b, a @ a.T, beta=2, alpha=self.scaling)
+        parts = self.scaling * (b * mixed)
+        with torch.no_grad():
+            # What is below is the rounding of what was summed.
+            least = _ROUNDINGS * coarsest * (whole + parts.abs().sum(1))
+            # A row of zeros has a norm that can be divided by, and stays zero.
+            least = torch.where(least > 0, least, 1)
+        return torch.maximum(whole + parts.sum(1), least).sqrt()
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """Return g ∘ (W + s · B A) - W, (out, in)."""
+        """Return g ∘ (W + s · B A) - W, (out, in).
+
+        Raises:
+            AdapterError: the layer is merged.
+        """
+        self._refuse_merged()
         weight = dense_matrix(self.map, self.base)
         turned = weight + super().delta()
-        norms = turned.norm(dim=1).clamp_min(torch.finfo(turned.dtype).tiny)
+        norms = turned.norm(dim=1)
+        norms = torch.where(norms > 0, norms, 1)
         merged: Tensor = turned * (self.magnitude / norms)[:, None]
         return merged - weight
 

@@ -114,19 +114,27 @@ class RankSampler:
         highest: int | None = None,
     ) -> None:
         nested = {n: layer for n, layer in layers.items() if isinstance(layer, DyLoRALinear)}
-        largest = max((layer.rank for layer in nested.values()), default=0)
-        highest = largest if highest is None else highest
-        if not 1 <= lowest <= highest <= largest:
-            raise AdapterError(
-                f"ranks are drawn from {lowest} to {highest}, expected bounds from 1 to {largest}, "
-                "the largest rank of the DyLoRA layers."
-            )
-        self.seed, self.lowest, self.highest = seed, lowest, highest
         self.layers = nested
+        self._set(seed, lowest, self._largest() if highest is None else highest)
         masks: dict[tuple[int, torch.device], Tensor] = {}
         for layer in nested.values():
             shared = masks.setdefault((layer.rank, layer.rank_mask.device), layer.rank_mask)
             layer.rank_mask = shared
+
+    def _largest(self) -> int:
+        return max((layer.rank for layer in self.layers.values()), default=0)
+
+    def _set(self, seed: int, lowest: int, highest: int) -> None:
+        if type(seed) is not int:
+            raise AdapterError(f"seed is {seed!r}, expected a whole number.")
+        largest = self._largest()
+        whole = type(lowest) is type(highest) is int
+        if not whole or not 1 <= lowest <= highest <= largest:
+            raise AdapterError(
+                f"ranks are drawn from {lowest!r} to {highest!r}, expected bounds from 1 to "
+                f"{largest}, the largest rank of the DyLoRA layers."
+            )
+        self.seed, self.lowest, self.highest = seed, lowest, highest
 
     def rank_at(self, step: int) -> int:
         """Return the rank of a step."""
@@ -145,8 +153,17 @@ class RankSampler:
         return {"seed": self.seed, "lowest": self.lowest, "highest": self.highest}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restore what `state_dict` returned."""
-        self.seed, self.lowest, self.highest = state["seed"], state["lowest"], state["highest"]
+        """Restore what `state_dict` returned.
+
+        Raises:
+            AdapterError: it has other keys, or bounds that the layers do not have; nothing changes.
+        """
+        if state.keys() != self.state_dict().keys():
+            raise AdapterError(
+                f"the state of the RankSampler has {sorted(state) or 'nothing'}, expected "
+                f"{sorted(self.state_dict())}; give what its state_dict returned."
+            )
+        self._set(**state)
 
 
 @dataclass(frozen=True)

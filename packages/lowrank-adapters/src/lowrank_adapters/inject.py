@@ -53,8 +53,9 @@ def inject_adapters_(
 
     Raises:
         AdapterError: a pattern that matches nothing (near names are listed), a rank that does not
-            fit a matrix, a module that is adapted already, is used in two places or shares its
-            weight. The model is left as it was.
+            fit a matrix, a module that is adapted already, is used in two places, shares its
+            weight, or is not called by torch's fast path of a TransformerEncoderLayer. The model is
+            left as it was.
 
     >>> from lowrank_adapters import SVD
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -78,6 +79,7 @@ def build_layers(
 ) -> dict[str, LowRankLinear]:
     """Return a layer around each named module; the model is left as it is until `place_`."""
     refuse_shared(model, list(makers))
+    _refuse_bypassed(model, list(makers))
     layers: dict[str, LowRankLinear] = {}
     for name, make in makers.items():
         base = model.get_submodule(name)
@@ -148,16 +150,19 @@ def _makers(
         own[name] = {"rank": rank}
     for name, alpha in by_module("alpha_pattern", alphas, names).items():
         own.setdefault(name, {})["alpha"] = alpha
-    return {name: _with(make, own[name]) if name in own else make for name in names}
+    return {name: _with(name, make, own[name]) if name in own else make for name in names}
 
 
-def _with(make: Any, values: Mapping[str, float]) -> Any:
+def _with(name: str, make: Any, values: Mapping[str, float]) -> Any:
     if not dataclasses.is_dataclass(make) or isinstance(make, type):
         raise AdapterError(
             f"{type(make).__name__} is no dataclass, so that rank_pattern and alpha_pattern cannot "
             "change it; give one maker with one rank and alpha."
         )
-    return dataclasses.replace(make, **values)
+    try:
+        return dataclasses.replace(make, **values)
+    except AdapterError as error:
+        raise AdapterError(f"{name}: {error}") from error
 
 
 def _device(base: nn.Module) -> torch.device | str:
@@ -176,14 +181,39 @@ def refuse_shared(model: nn.Module, chosen: Sequence[str]) -> None:
         first = places.setdefault(id(module), name)
         if first != name and first in chosen:
             raise AdapterError(f"{first} and {name} are one module; exclude {first}.")
-    owners: dict[int, str] = {}
+    owners: dict[object, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = owners.setdefault(id(parameter), name)
+        first = owners.setdefault(_memory(parameter), name)
         for shared in (name.rpartition(".")[0], first.rpartition(".")[0]):
             if first != name and shared in chosen:
                 raise AdapterError(
                     f"{shared} shares its weight ({first} and {name} are one tensor); exclude it."
                 )
+
+
+def _refuse_bypassed(model: nn.Module, chosen: Sequence[str]) -> None:
+    """Refuse what torch's fast path reads the weights of, and does not call, in evaluation.
+
+    Raises:
+        AdapterError: names the first such module.
+    """
+    if not torch.backends.mha.get_fastpath_enabled():
+        return
+    for name in chosen:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            raise AdapterError(
+                f"{name} is in a TransformerEncoderLayer, whose fast path reads its weight and "
+                "never calls it; call torch.backends.mha.set_fastpath_enabled(False) first, or "
+                "exclude it."
+            )
+
+
+def _memory(tensor: torch.Tensor) -> object:
+    # Two parameters may be views of one tensor. What has no memory of its own is known by itself.
+    if type(tensor.data) is not torch.Tensor or tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr()
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LowRankLinear]:

@@ -1,23 +1,22 @@
 """What every low-rank layer has: a frozen base, a rank, a scaling, and factors that it declares."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container
 from itertools import chain
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import _IncompatibleKeys
 
+from lowrank_adapters.checks import check_dropout, check_positive
 from lowrank_adapters.errors import AdapterError
+from lowrank_adapters.factors import Factors
 from lowrank_adapters.maps import EmbeddingMap, dense_matrix, map_of
 from lowrank_adapters.starts import Components, Start, UnitRows, check_statistic
 
-_PER_OUTPUT = ("p", "b")
-_VECTORS = ("magnitude", "scale")
 
-
-class LowRankLinear(nn.Module):
+class LowRankLinear(Factors):
     """y = base(x) + s · B A x, with ``base`` frozen and called as it is.
 
     The base is any linear map: a linear layer of any dtype or quantisation, a convolution, an
@@ -42,10 +41,6 @@ class LowRankLinear(nn.Module):
             have; the dropout is no probability, or the base has no activations to drop.
     """
 
-    roles: ClassVar[tuple[str, ...]] = ()
-    start_a: Tensor | None
-    start_b: Tensor | None
-
     def __init__(
         self,
         base: nn.Module,
@@ -61,6 +56,7 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.map = map_of(base)
         self.in_features, self.out_features = self.map.in_width, self.map.out_width
+        check_positive("alpha", alpha)
         self._check(rank, dropout)
         self.base = base
         self.rank = rank
@@ -72,16 +68,15 @@ class LowRankLinear(nn.Module):
         self.unmerged: Tensor | None = None
         self.waiting = False
         self._waiting_start: Start | None = None
-        self.register_buffer("start_a", None)
-        self.register_buffer("start_b", None)
+        self.register_load_state_dict_post_hook(_read_what_was_loaded)  # type: ignore[no-untyped-call]
         self._make_factors(torch.device(device), dtype)
         self.start_(start)
 
     def _check(self, rank: int, dropout: float) -> None:
         limit = min(self.in_features, self.out_features)
-        if not 1 <= rank <= limit:
+        if type(rank) is not int or not 1 <= rank <= limit:
             raise AdapterError(
-                f"rank is {rank}, but the matrix is {self.out_features} x {self.in_features}; "
+                f"rank is {rank!r}, but the matrix is {self.out_features} x {self.in_features}; "
                 f"choose a rank of 1 to {limit}, or exclude the module."
             )
         check_dropout(dropout)
@@ -99,7 +94,9 @@ class LowRankLinear(nn.Module):
         raise NotImplementedError
 
     def _read_base_(self) -> None:
-        """Compute what the method derives from the base's weight; by default nothing."""
+        """Compute what the method derives from the base's weight and does not save; by default
+        nothing. Called when the factors were set to a start, and when a base was loaded.
+        """
 
     def _factored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A (rank, in) and B (out, rank), computed in ``dtype``, B weighed by the mask."""
@@ -118,8 +115,10 @@ class LowRankLinear(nn.Module):
         inputs (in, in).
 
         Raises:
-            AdapterError: the statistic is missing, has another shape or is not finite.
+            AdapterError: the statistic is missing, has another shape or is not finite; or the layer
+                is merged.
         """
+        self._refuse_merged()
         self._waiting_start = None
         if start.needs == "weight":
             if self._base_is_meta():
@@ -146,14 +145,14 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def materialise_(self) -> None:
-        """Compute what had to wait for the base's weights, where something had.
+        """Compute what depends on the base's weights: what waited for them, and DoRA's norms.
 
         Raises:
-            AdapterError: the base is still on the meta device.
+            AdapterError: the layer waits, and the base is still on the meta device; or it is
+                merged.
         """
-        if not self.waiting:
-            return
-        if self._base_is_meta():
+        self._refuse_merged()
+        if self.waiting and self._base_is_meta():
             raise AdapterError(
                 "the weights of the base are still on the meta device; load them first."
             )
@@ -163,6 +162,16 @@ class LowRankLinear(nn.Module):
         else:
             self.start_(self._waiting_start)
 
+    def expect_(self, keys: Container[str], prefix: str = "") -> None:
+        """Make the layer ready for a state with these keys; factors in it are no longer awaited."""
+        super().expect_(keys, prefix)
+        if self._are_in(keys, prefix):
+            self._waiting_start = None
+
+    def _refuse_merged(self) -> None:
+        if self.merged:
+            raise AdapterError("it is merged, so that its base is not what it was; unmerge first.")
+
     def _base_is_meta(self) -> bool:
         return any(t.is_meta for t in chain(self.base.parameters(), self.base.buffers()))
 
@@ -170,13 +179,6 @@ class LowRankLinear(nn.Module):
     def merged(self) -> bool:
         """Whether the base's weight contains the update; ``unmerged`` is what it was before."""
         return self.unmerged is not None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the factors."""
-        # Whatever stands in a factor's place, as under torch.func.functional_call.
-        factor: Tensor = getattr(self, self.roles[0])
-        return factor.dtype
 
     def product(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Return A (k, in) and B (out, k), by which the update is s · B A; differentiable.
@@ -232,47 +234,18 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """Return the update of the base's weight (out, in): the merged weight minus the base's."""
+        """Return the update of the base's weight (out, in): the merged weight minus the base's.
+
+        >>> from lowrank_adapters import LoRALinear
+        >>> LoRALinear(nn.Linear(4, 3), rank=2, alpha=2.0).delta().abs().sum()
+        tensor(0.)
+
+        Raises:
+            AdapterError: the layer is merged, so that there is no base's weight to compare with.
+        """
+        self._refuse_merged()
         a, b = self.as_lora()
         return b @ a
-
-    def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield each role and its parameter, in the order of ``roles``."""
-        for role in self.roles:
-            yield role, self.get_parameter(role)
-
-    def owned(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what is saved of the layer by name, live: factors, masks, the start's product."""
-        yield from self.factors()
-        for name, buffer in self.named_buffers(recurse=False):
-            if name not in self._non_persistent_buffers_set:
-                yield name, buffer
-
-    @staticmethod
-    def as_tokens(role: str, factor: Tensor) -> Tensor:
-        """Return the view (rank, width) of one factor; a vector over outputs is one row.
-
-        >>> LowRankLinear.as_tokens("p", torch.zeros(5, 2)).shape
-        torch.Size([2, 5])
-        """
-        if role in _PER_OUTPUT:
-            return factor.T
-        if role in _VECTORS:
-            return factor.unsqueeze(0)
-        return factor.unsqueeze(-1) if role == "lam" else factor
-
-    @staticmethod
-    def from_tokens(role: str, tokens: Tensor) -> Tensor:
-        """Return the factor's own shape as a view of (rank, width) tokens."""
-        if role in _PER_OUTPUT:
-            return tokens.T
-        if role in _VECTORS:
-            return tokens.squeeze(0)
-        return tokens.squeeze(-1) if role == "lam" else tokens
-
-    def tokens(self, role: str) -> Tensor:
-        """Return the live view (rank, width) of one factor's values."""
-        return self.as_tokens(role, self.get_parameter(role).detach())
 
     @property
     def weight(self) -> Tensor:
@@ -289,11 +262,7 @@ class LowRankLinear(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}"
 
 
-def check_dropout(dropout: float) -> None:
-    """Refuse what is no probability below one.
-
-    Raises:
-        AdapterError: ``dropout`` is outside [0, 1).
-    """
-    if not 0 <= dropout < 1:
-        raise AdapterError(f"dropout is {dropout}, expected a probability from 0 to below 1.")
+@torch.no_grad()
+def _read_what_was_loaded(layer: LowRankLinear, _: _IncompatibleKeys) -> None:
+    if layer._waiting_start is None and not layer.merged and not layer._base_is_meta():
+        layer.materialise_()

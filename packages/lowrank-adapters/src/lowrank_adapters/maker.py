@@ -1,11 +1,10 @@
 """What a method's maker has: the arguments of its layers, validated before there is a model."""
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lowrank_adapters.checks import check_dropout, check_positive, check_whole
 from lowrank_adapters.errors import AdapterError
-from lowrank_adapters.layer import check_dropout
 from lowrank_adapters.starts import Start, UnitRows
 
 
@@ -29,11 +28,13 @@ class LowRankMaker:
     start: Start = UnitRows()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise AdapterError(f"rank is {self.rank}, expected at least 1.")
-        if not 0 < self.alpha < math.inf:
-            raise AdapterError(f"alpha is {self.alpha}, expected a finite number above 0.")
+        check_whole("rank", self.rank)
+        check_positive("alpha", self.alpha)
         check_dropout(self.dropout)
+        if not isinstance(self.rslora, bool):
+            raise AdapterError(f"rslora is {self.rslora!r}, expected True or False.")
+        if not hasattr(self.start, "components") or isinstance(self.start, type):
+            raise AdapterError(f"start is {self.start!r}, expected a start such as UnitRows().")
 
     def common(self) -> dict[str, Any]:
         """Return the arguments that every layer takes, by name."""

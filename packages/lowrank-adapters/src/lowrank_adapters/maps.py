@@ -65,9 +65,14 @@ class LinearMap(_Matrix):
             return rows @ module.get_parameter("weight")
         if type(module) is nn.Linear:
             return functional.linear(rows, module.weight)
-        y: Tensor = module(rows)
         bias = getattr(module, "bias", None)
-        return y if bias is None else y - bias
+        if bias is None:
+            alone: Tensor = module(rows)
+            return alone
+        # Rounding with the bias takes least from a large product; float16 ends at 65504.
+        scale = 2.0**6 if rows.dtype is torch.float16 else 2.0**16
+        y: Tensor = (module(rows * scale) - bias) / scale
+        return y
 
     def orient(self, weight: Tensor) -> Tensor:
         """Return the weight, transposed where the module keeps it so."""
@@ -117,18 +122,23 @@ class ConvolutionMap(_Matrix):
 
 @dataclass(frozen=True)
 class EmbeddingMap(_Matrix):
-    """A look-up, which is y = x Wᵀ for x of one 1 among ``in_width`` entries."""
+    """A look-up, which is y = x Wᵀ for x of one ``scale`` among ``in_width`` entries.
+
+    ``scale``: what the module multiplies what it looked up by.
+    """
 
     in_width: int
     out_width: int
     padding_idx: int | None
+    scale: float = 1.0
 
     def down(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Return the columns of rows (k, in) at the indices x: (..., k)."""
-        return functional.embedding(x, rows.T, self.padding_idx)
+        """Return the columns of rows (k, in) at the indices x, scaled: (..., k)."""
+        columns = functional.embedding(x, rows.T, self.padding_idx)
+        return columns if self.scale == 1 else columns * self.scale
 
     def update(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        """Return y plus scaling · B times the columns of A at the indices x, in the dtype of y."""
+        """Return y plus scaling · B times the scaled columns of A at the indices, in y's dtype."""
         return _add_up(y, self.down(x, a), b, scaling)
 
     def orient(self, weight: Tensor) -> Tensor:
@@ -245,10 +255,36 @@ def _embedding(module: nn.Embedding) -> EmbeddingMap:
             f"its max_norm is {module.max_norm}, by which a forward pass changes the weight; "
             "expected None: set it to None or exclude it."
         )
-    return EmbeddingMap(module.num_embeddings, module.embedding_dim, module.padding_idx)
+    scale = _scale(module)
+    if scale is None:
+        _refuse_other_forward(module, nn.Embedding)
+    widths = module.num_embeddings, module.embedding_dim
+    return EmbeddingMap(*widths, module.padding_idx, 1.0 if scale is None else scale)
+
+
+def _scale(module: nn.Embedding) -> float | None:
+    """What transformers' scaled word embeddings multiply by; None of other embeddings."""
+    scale = getattr(module, "embed_scale", None)
+    if scale is None or not type(module).__name__.endswith("ScaledWordEmbedding"):
+        return None
+    if not isinstance(scale, Tensor):
+        return float(scale)
+    if scale.is_meta:
+        scale = torch.tensor(module.scalar_embed_scale, device="cpu")
+    # Rounded as the module does it.
+    return float(scale.to(module.weight.dtype))
+
+
+def _refuse_other_forward(module: nn.Module, known: type[nn.Module]) -> None:
+    if type(module).forward is not known.forward:
+        raise AdapterError(
+            f"it is a {type(module).__name__}, which computes something else than the "
+            f"{known.__name__} that it derives from; exclude it."
+        )
 
 
 def _convolution(module: nn.Conv1d | nn.Conv2d) -> ConvolutionMap:
+    _refuse_other_forward(module, nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d)
     for name, expected in (("groups", 1), ("padding_mode", "zeros")):
         found = getattr(module, name)
         if found != expected:

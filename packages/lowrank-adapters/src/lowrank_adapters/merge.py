@@ -18,7 +18,9 @@ def merge_(model: nn.Module) -> None:
 
     W ← W + ΔW, summed in the wider dtype and rounded once to the weight's. ``unmerge_`` restores
     W bit by bit: each layer keeps a copy of it, which doubles the memory of the adapted weights.
-    The factors take no gradient while they are merged.
+    The factors take no gradient while they are merged. The model's ``state_dict`` holds W + ΔW and
+    the factors meanwhile: loaded into an adapted model it would add the update twice. Save it
+    unmerged, or remove the adapters for good by `remove_adapters_`.
 
     Raises:
         AdapterError: a layer is merged already, its base is quantised, sharded or on the meta

@@ -1,4 +1,4 @@
-"""What layers around a base on the meta device compute once its weights are there."""
+"""What layers compute from their bases' weights, once these are there."""
 
 from torch import nn
 
@@ -9,11 +9,12 @@ from lowrank_adapters.layer import LowRankLinear
 def materialise_(model: nn.Module) -> None:
     """Compute what low-rank layers could not while their bases were on the meta device.
 
-    Call it when the base's weights are loaded, before a saved adapter is: DoRA's magnitudes and
-    starts from the weight are set by it.
+    Call it when the base's weights are there: starts from the weight, and DoRA's norms and the
+    magnitudes that start as these, are set by it. Factors that were loaded or trained before it
+    stay as they are.
 
     Raises:
-        AdapterError: a layer waits whose base is still on the meta device.
+        AdapterError: a layer waits whose base is still on the meta device, or is merged.
 
     >>> import torch
     >>> from lowrank_adapters import DoRA, inject_adapters_

@@ -35,6 +35,16 @@ class _Bound:
     address: int
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A tensor that a layer must still have by its name."""
+
+    where: str
+    tensors: Mapping[str, Tensor | None]
+    name: str
+    tensor: Tensor
+
+
 class FactorStack:
     """One flat buffer of values and one of gradients under all factors of ``layers``.
 
@@ -62,6 +72,7 @@ class FactorStack:
         self.values = torch.zeros(total, dtype=first.dtype, device=first.device)
         self.grads = torch.zeros_like(self.values)
         self._bound: list[_Bound] = []
+        self._held: list[_Held] = []
         groups, start = [], 0
         for (role, rank, width), names in shapes.items():
             size = (len(names), rank, width)
@@ -89,9 +100,11 @@ class FactorStack:
             values[index].copy_(layer.tokens(role))
             parameter = nn.Parameter(layer.from_tokens(role, values[index]))
             setattr(layer, role, parameter)
+            self._held.append(_Held(name, layer._parameters, role, parameter))
             self._bind(f"{name}.{role}", parameter, layer.from_tokens(role, grads[index]))
             if mask is not None:
                 layer.register_buffer("rank_mask", mask[index])
+                self._held.append(_Held(name, layer._buffers, "rank_mask", layer.rank_mask))
         self._bind(f"the stack of {role}", values, grads)
         return FactorGroup(role, tuple(names), values, mask)
 
@@ -113,11 +126,17 @@ class FactorStack:
                 bound.tensor.grad = bound.grad
 
     def check_bound(self) -> None:
-        """Refuse values or gradients that are no longer views of the buffers; reads no device.
+        """Refuse what is no longer a view of the buffers; reads no device.
 
         Raises:
-            AdapterError: names the first factor that went its own way.
+            AdapterError: names the first factor or mask that went its own way.
         """
+        for held in self._held:
+            if held.tensors.get(held.name) is not held.tensor:
+                raise AdapterError(
+                    f"{held.where}.{held.name} was replaced after it was stacked, by another stack "
+                    "or load_state_dict(assign=True); load without assign, and keep one stack."
+                )
         for bound in self._bound:
             grad = bound.tensor.grad
             if bound.tensor.data_ptr() != bound.address:

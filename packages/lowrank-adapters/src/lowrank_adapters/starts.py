@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowrank_adapters.checks import check_positive
 from lowrank_adapters.errors import AdapterError
 
 Needs = Literal["nothing", "weight", "activations", "gradient"]
@@ -70,7 +71,7 @@ class Normal:
     is_zero: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require_positive("std", self.std)
+        check_positive("std", self.std)
 
     def components(
         self, rank: int, out_width: int, in_width: int, statistic: Tensor | None, scaling: float
@@ -99,6 +100,7 @@ class Orthonormal:
 class PrincipalWeights:
     """The largest singular components of the weight: W ≈ U_r Σ_r V_rᵀ, values Σ_r / s.
 
+    Cost: a full singular value decomposition of each weight, in float32.
     Paper: PiSSA (arXiv 2404.02948). Deviation: the base's weight keeps its values; the layer takes
     the start's product off instead.
     """
@@ -119,6 +121,8 @@ class PrincipalWeights:
 class PrincipalActivations:
     """Rows: the principal directions of the inputs. Columns are random, values zero.
 
+    Cost: the moments are (in, in) in float32, so that a wide layer's are larger than its weight; an
+    eigenvalue decomposition of each.
     Paper: EVA (arXiv 2410.07170), without its redistribution of ranks. The directions are the
     leading eigenvectors of Σ x xᵀ, not centred.
     """
@@ -140,6 +144,7 @@ class PrincipalActivations:
 class GradientStep:
     """A small step down the gradient G = U Σ Vᵀ: values -size · Σ_r / mean(Σ_r).
 
+    Cost: a full singular value decomposition of each gradient, in float32.
     Paper: LoRA-One (arXiv 2502.01235). Deviation: the step is only where the factors start, not
     taken: the layer takes the start's product off, so that the model's output is the base's.
     """
@@ -149,7 +154,7 @@ class GradientStep:
     is_zero: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _require_positive("size", self.size)
+        check_positive("size", self.size)
 
     def components(
         self, rank: int, out_width: int, in_width: int, statistic: Tensor | None, scaling: float
@@ -168,6 +173,7 @@ class GradientApproximation:
 
     The first step of LoRA is then the best approximation of rank 2r of one of full fine-tuning.
     Needs a rank of at most half of what the matrix can have.
+    Cost: as `GradientStep`.
     Paper: LoRA-GA (arXiv 2407.05000), its stable scale; the product is taken off, as there.
 
     Raises:
@@ -179,7 +185,7 @@ class GradientApproximation:
     is_zero: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _require_positive("gamma", self.gamma)
+        check_positive("gamma", self.gamma)
 
     def components(
         self, rank: int, out_width: int, in_width: int, statistic: Tensor | None, scaling: float
@@ -230,11 +236,6 @@ def _singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _wide(matrix: Tensor) -> Tensor:
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise AdapterError(f"{name} is {value}, expected a finite number above 0.")
 
 
 def _zeros(rank: int) -> Tensor:

@@ -38,6 +38,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter_state_dict_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy saved tensors into the model's low-rank layers, all of them or none.
 
+    A layer takes the product of the start that it was saved with, or loses its own where it was
+    saved without one.
+
     Raises:
         AdapterError: keys are missing or unexpected (both are listed), a shape or kind of number
             differs, a value is not finite in the dtype here, or a layer is merged, on the meta
@@ -47,6 +50,12 @@ def load_adapter_state_dict_(model: nn.Module, state: Mapping[str, Tensor]) -> N
     refuse_merged(layers.items())
     refuse_waiting(layers)
     own = adapter_state_dict(model)
+    for name, layer in layers.items():
+        prefix = f"{name}." if name else ""
+        for key, room in layer.expected_start(state, prefix).items():
+            own.pop(prefix + key, None)
+            if room is not None:
+                own[prefix + key] = room
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         raise AdapterError(
@@ -55,7 +64,9 @@ def load_adapter_state_dict_(model: nn.Module, state: Mapping[str, Tensor]) -> N
         )
     for name, tensor in own.items():
         check_fits(name, state[name], tensor)
-    for name, tensor in own.items():
+    for name, layer in layers.items():
+        layer.expect_(state, f"{name}." if name else "")
+    for name, tensor in adapter_state_dict(model).items():
         tensor.copy_(state[name])
 
 

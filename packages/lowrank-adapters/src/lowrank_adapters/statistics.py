@@ -62,13 +62,15 @@ def collect_gradients(
     """
     sums: dict[str, Tensor] = {}
 
-    def watch(name: str, layer: LowRankLinear, x: Tensor, y: Tensor) -> None:
+    def watch(name: str, layer: LowRankLinear, x: Tensor, y: Tensor) -> Tensor:
         # Where nothing before the layer learns, the graph begins here.
         if y.is_leaf:
             y.requires_grad_()
         y.register_hook(  # type: ignore[no-untyped-call]
             lambda gradient: _add(sums, name, _gradient(layer, x, gradient))
         )
+        # What follows may change y in place, which no leaf bears.
+        return y.clone()
 
     with _watching(layers, watch), _frozen(model):
         count = 0
@@ -87,8 +89,8 @@ def collect_activations(
 ) -> dict[str, Tensor]:
     """Return the sums of x xᵀ over the inputs x of the layers, divided by the number of batches.
 
-    Shapes: each (in, in), float32 or wider. ``forward`` runs the model on a batch. The adapters are
-    off meanwhile.
+    Shapes: each (in, in), float32 or wider, all held at once. ``forward`` runs the model on
+    a batch. The adapters are off meanwhile.
 
     Raises:
         AdapterError: there is no batch, or a layer that is not used or not of a linear layer.
@@ -145,11 +147,11 @@ def _means(sums: dict[str, Tensor], count: int, names: Iterable[str]) -> dict[st
 @contextmanager
 def _watching(
     layers: Mapping[str, LowRankLinear],
-    watch: Callable[[str, LowRankLinear, Tensor, Tensor], None],
+    watch: Callable[[str, LowRankLinear, Tensor, Tensor], Tensor | None],
 ) -> Iterator[None]:
     enabled = {name: layer.enabled for name, layer in layers.items()}
 
-    def hook(name: str, layer: LowRankLinear) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+    def hook(name: str, layer: LowRankLinear) -> Callable[..., Tensor | None]:
         return lambda _, inputs, y: watch(name, layer, inputs[0], y)
 
     handles = [

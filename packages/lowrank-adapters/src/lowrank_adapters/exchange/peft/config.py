@@ -89,6 +89,11 @@ def _parse(config: dict[str, Any]) -> PeftConfig:
         if config.get(field):
             raise AdapterError(f"{field} is set; adapters with it are not read here.")
     adalora = peft_type == "ADALORA"
+    if adalora and config.get("alpha_pattern"):
+        raise AdapterError(
+            "alpha_pattern is set, which PEFT's AdaLoRA does not apply; leave it out if the "
+            "adapter was trained without it."
+        )
     alpha = _number(config, "lora_alpha", 8)
     initial_rank = _rank(config, "init_r", 12) if adalora else 0
     return PeftConfig(

@@ -51,14 +51,15 @@ def export_peft(
     """Write the layers' updates in PEFT's layout, without approximation; return the folder.
 
     ``form``: "padded", LoRA of one rank, the largest number of live components of any matrix, the
-    others padded with zeros; PEFT, vLLM, llama.cpp and diffusers scale it alike. "compact", LoRA of
-    each matrix' own number of live components, by ``rank_pattern`` and ``alpha_pattern``, without
-    the matrices that have none; for PEFT. "adalora", AdaLoRA with its λ apart and the pruned
-    components left out, by ``rank_pattern``; for PEFT, and for `SVDLinear` alone.
+    others padded with zeros; for PEFT, and for what reads its layout with one rank and alpha for
+    all. "compact", LoRA of each matrix' own number of live components, by ``rank_pattern`` and
+    ``alpha_pattern``, without the matrices that have none; for PEFT. "adalora", AdaLoRA with its λ
+    apart and the pruned components left out, by ``rank_pattern``; for PEFT, and for `SVDLinear`
+    alone.
 
     In the first two forms, masks, λ and scaling are folded into B and alpha equals the rank, so
-    that every reader scales by one. `DoRALinear` is written as PEFT's DoRA, with its magnitude.
-    Tensors are float32.
+    that alpha / rank is one. `DoRALinear` is written as PEFT's DoRA, with its magnitude. Tensors
+    are float32.
 
     ``rename``: from this model's module names to those of the exported model. ``transform_b``: may
     reorder the output rows of a module's B (out, rank), where the exported model orders them

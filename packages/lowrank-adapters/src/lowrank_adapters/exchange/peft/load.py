@@ -75,7 +75,9 @@ def import_peft_(
     plans = _plans(model, maps, modules, config)
     targets = _places_of_whole(model, whole, config.whole)
     makers = {name: plan.make for name, plan in plans.items()}
-    layers = build_layers(model, makers, device=device, factor_dtype=factor_dtype)
+    # The start is drawn, and overwritten: the caller's random numbers stay what they were.
+    with torch.random.fork_rng(devices=[]):
+        layers = build_layers(model, makers, device=device, factor_dtype=factor_dtype)
     refuse_waiting(layers)
     for name, plan in plans.items():
         _fill_(name, layers[name], plan)
