@@ -176,8 +176,8 @@ def test_steps_equal_end_to_end_autograd_through_the_twin(
         torch.testing.assert_close(
             {name: p.detach() for name, p in model.named_parameters()},
             {name: p.detach() for name, p in factors.items()},
-            rtol=1e-11,
-            atol=1e-12,
+            rtol=1e-9,
+            atol=1e-10,
         )
         for (name, parameter), gradient in zip(
             generated.named_parameters(), gradients, strict=True
@@ -197,8 +197,8 @@ def test_steps_equal_end_to_end_autograd_through_the_twin(
         torch.testing.assert_close(
             {name: b for name, b in generated.named_buffers() if name.startswith("s")},
             {**reference.start, **reference.averages},
-            rtol=1e-10,
-            atol=1e-11,
+            rtol=1e-9,
+            atol=1e-10,
         )
 
 
@@ -249,6 +249,42 @@ def test_commit_takes_what_the_leaves_hold_pruned_components_included():
     with torch.no_grad():
         model.factors["lam0"].fill_(3)
     assert generated.state_lam_0[:, 1].abs().max() == 0
+
+
+@pytest.mark.parametrize("ending", ["commit", "discard"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_end_of_a_step_zeroes_the_leaves_gradients_in_place(ending, grouped):
+    """An optimizer of the hypernetworks does not know the leaves: its zero_grad passes them by."""
+    runs = []
+    for zeroed in (False, True):
+        torch.manual_seed(0)
+        model, generated = make("recurrent", "none", sharing=LABELS if grouped else "all")
+        optimizer = torch.optim.Adam(generated.parameters(), lr=1e-2)
+        for step in range(3):
+            generated.refresh()
+            model(0.1 * step).backward()
+            held = {name: p.grad for name, p in model.named_parameters()}
+            generated.backward()
+            optimizer.step()
+            getattr(generated, ending)()
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is held[name]
+                assert parameter.grad.abs().max() == 0
+            optimizer.zero_grad()
+            if zeroed:
+                model.zero_grad()
+        runs.append([p.detach() for p in generated.parameters()])
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+def test_refresh_keeps_gradients_and_leaves_without_any_are_no_obstacle_to_the_end():
+    model, generated = make("recurrent", "none")
+    model.factors["p0"].grad = torch.ones_like(model.factors["p0"])
+    generated.refresh()
+    assert model.factors["p0"].grad.min() == 1
+    generated.discard()
+    assert model.factors["p0"].grad.max() == 0
+    assert model.factors["p1"].grad is None
 
 
 def test_static_state_never_changes():
@@ -396,7 +432,7 @@ def test_unit_outputs_have_their_norm_from_the_first_step_on():
     torch.testing.assert_close(rows.norm(dim=-1), torch.full((2, 3), 2.5))
     torch.testing.assert_close(columns.norm(dim=-2), torch.full((2, 3), 2.5))
     gram = 6.25 * torch.eye(3).expand(2, -1, -1)
-    torch.testing.assert_close(factor @ factor.mT, gram, rtol=0, atol=1e-3)
+    torch.testing.assert_close(factor @ factor.mT, gram, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("tokens", ["rows", "columns"])

@@ -126,7 +126,7 @@ class GeneratedParameters(nn.Module):
                 body_dtype=body_dtype,
             )
         self._register_state()
-        self.discard()
+        self._forget()
 
     def groups_of(self, role: str) -> list[LeafGroup]:
         """Return the leaves of ``role``, grouped by shape and device."""
@@ -191,7 +191,7 @@ class GeneratedParameters(nn.Module):
         values = list(chain.from_iterable(self.generate(context).values()))
         for group, rows in zip(self.groups, values, strict=True):
             group.write_(rows)
-        self.discard()
+        self._forget()
         if torch.is_grad_enabled():
             self._refreshed = True
             self._pending = values
@@ -236,6 +236,8 @@ class GeneratedParameters(nn.Module):
     def commit(self) -> None:
         """Make the leaves' present values the state, and advance the gradients' averages.
 
+        The leaves' gradients become zero, in place.
+
         Raises:
             HyperError: there was no `refresh` since the last `commit` or `discard`.
         """
@@ -252,7 +254,15 @@ class GeneratedParameters(nn.Module):
         self.discard()
 
     def discard(self) -> None:
-        """Forget the pending `refresh`: state and averages stay as they were."""
+        """Forget the pending `refresh`: state and averages stay as they were.
+
+        The leaves' gradients become zero, in place.
+        """
+        for group in self.groups:
+            group.zero_gradients_()
+        self._forget()
+
+    def _forget(self) -> None:
         self._refreshed = False
         self._pending = []
         self._versions = []

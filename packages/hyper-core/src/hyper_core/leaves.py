@@ -68,6 +68,13 @@ class LeafGroup:
             gradients.append(leaf.grad)
         return self._join(gradients)
 
+    @torch.no_grad()
+    def zero_gradients_(self) -> None:
+        """Set the leaves' ``.grad`` to zero in place, so that views of it stay what they are."""
+        gradients = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
+        if gradients:
+            torch._foreach_zero_(gradients)
+
     def versions(self) -> list[int]:
         """Return autograd's count of in-place changes of each leaf."""
         return [leaf._version for leaf in self.leaves]
