@@ -176,8 +176,8 @@ def test_steps_equal_end_to_end_autograd_through_the_twin(
         torch.testing.assert_close(
             {name: p.detach() for name, p in model.named_parameters()},
             {name: p.detach() for name, p in factors.items()},
-            rtol=1e-9,
-            atol=1e-10,
+            rtol=1e-11,
+            atol=1e-12,
         )
         for (name, parameter), gradient in zip(
             generated.named_parameters(), gradients, strict=True
@@ -197,8 +197,8 @@ def test_steps_equal_end_to_end_autograd_through_the_twin(
         torch.testing.assert_close(
             {name: b for name, b in generated.named_buffers() if name.startswith("s")},
             {**reference.start, **reference.averages},
-            rtol=1e-9,
-            atol=1e-10,
+            rtol=1e-10,
+            atol=1e-11,
         )
 
 

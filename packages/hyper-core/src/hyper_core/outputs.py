@@ -73,7 +73,8 @@ def polar_factors(stacks: Sequence[Tensor]) -> list[Tensor]:
     A has 8ε I added, ε the dtype's: rounding would else make the least eigenvalues of nearly
     dependent rows negative, which the iteration drives to infinity. A singular value σ of X comes
     out as 1/√(1 + 8ε‖G‖_F/σ²), in float32 short of 1 by up to 5e-3 at σ a hundredth of ‖X‖_F, 6e-2
-    at 3e-3 and 0.3 at 1e-3 of it; none comes out above 1, but for rounding. A matrix of zeros stays zero, with gradient zero.
+    at 3e-3 and 0.3 at 1e-3 of it; none comes out above 1, but for rounding. A matrix of zeros
+    stays zero, with gradient zero.
 
     Shapes: each (matrices, rows, columns), equal in the lesser of rows and columns where they are
     to share one batch. Gradient: through the iteration.
