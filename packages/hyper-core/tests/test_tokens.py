@@ -98,9 +98,9 @@ def test_elements_of_a_large_matrix_are_refused_with_their_cost():
     with pytest.raises(HyperError) as caught:
         GeneratedParameters(leaves, tokens={"p": "elements"})
     assert str(caught.value) == (
-        "attention among 43008 tokens in each of 1 matrices has 88785027072 bytes of scores, "
-        "expected at most AttentionConfig.max_score_bytes, 4294967296; cut larger tokens (rows or "
-        "columns along the shorter side), take ConvConfig or MLPConfig, or raise the limit."
+        "role 'p': attention among 43008 tokens in each of 1 matrices has 88785027072 bytes of "
+        "scores, expected at most AttentionConfig.max_score_bytes, 4294967296; cut larger tokens "
+        "(rows or columns along the shorter side), take ConvConfig or MLPConfig, or raise the limit."
     )
     with pytest.raises(HyperError, match="14336 tokens in each of 1 matrices has 9865003008 bytes"):
         GeneratedParameters(leaves, tokens={"p": "columns"})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hyper_core.bodies.config import BodyConfig
+from hyper_core.checks import check_choice, naming_role
 from hyper_core.context import Context, context_rows
 from hyper_core.errors import HyperError
 from hyper_core.hypernetwork import Hypernetwork
@@ -17,7 +18,7 @@ from hyper_core.normalisation import check_decay, normalise_tokens
 from hyper_core.outputs import Output
 from hyper_core.presets import find_config
 from hyper_core.recursion import Recursion, State
-from hyper_core.roles import check_choice, resolve_roles
+from hyper_core.roles import resolve_roles
 from hyper_core.sharing import Sharing, networks_of
 from hyper_core.tokens import Tokens, from_tokens, to_tokens, token_shape
 
@@ -110,21 +111,23 @@ class GeneratedParameters(nn.Module):
         scalars = [name for name, role in self.roles.items() if role.tokens == "scalars"]
         self.groups = group_leaves(leaves, scalars)
         self._decay = gradient_decay if gradient_normalisation == "token_rms" else None
+        size = find_config(config)
         self.hypernetworks = nn.ModuleDict()
         for name, role in self.roles.items():
             groups = self.groups_of(name)
             order = [position for group in groups for position in group.positions]
             self.register_buffer(f"order_{name}", torch.tensor(order), persistent=False)
             networks = networks_of(role.sharing, len(order), f"sharing of {name!r}")
-            self.hypernetworks[name] = Hypernetwork(
-                [token_shape(group.shape, role.tokens) for group in groups],
-                find_config(config),
-                sharing=[networks[position] for position in order],
-                embeddings=embeddings,
-                context_width=context_width,
-                zero_output=role.zero_start or self.recursion.keeps_start,
-                body_dtype=body_dtype,
-            )
+            with naming_role(name):
+                self.hypernetworks[name] = Hypernetwork(
+                    [token_shape(group.shape, role.tokens) for group in groups],
+                    size,
+                    sharing=[networks[position] for position in order],
+                    embeddings=embeddings,
+                    context_width=context_width,
+                    zero_output=role.zero_start or self.recursion.keeps_start,
+                    body_dtype=body_dtype,
+                )
         self._register_state()
         self._forget()
 
@@ -172,7 +175,8 @@ class GeneratedParameters(nn.Module):
             state = self.state_of(name)
             rows = context_rows(context, name, self.get_buffer(f"order_{name}"))
             rows = None if rows is None else rows.to(state[0].dtype)
-            values[name] = self.recursion.values(network, self.roles[name], state, rows)
+            with naming_role(name):
+                values[name] = self.recursion.values(network, self.roles[name], state, rows)
         return values
 
     def refresh(self, context: Context = None) -> None:

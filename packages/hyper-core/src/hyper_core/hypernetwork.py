@@ -66,6 +66,16 @@ class Hypernetwork(nn.Module):
                 f"shapes is {list(shapes)}, expected at least one (matrices, tokens, width), all "
                 "above 0; give the shape of each stack."
             )
+        if not isinstance(context_width, int) or context_width < 0:
+            raise HyperError(
+                f"context_width is {context_width!r}, expected a whole number of at least 0; 0 is "
+                "for no context."
+            )
+        if body_dtype not in (None, torch.bfloat16, torch.float16):
+            raise HyperError(
+                f"body_dtype is {body_dtype!r}, expected torch.bfloat16, torch.float16 or None; "
+                "None keeps the dtype of the weights."
+            )
         self.shapes, self.context_width = list(shapes), context_width
         counts = [count for count, _, _ in self.shapes]
         networks = networks_of(sharing, sum(counts))

@@ -39,7 +39,7 @@ def centred_normal_(weight: Tensor, variance: float, parts: int = 1) -> Tensor:
     >>> bool(weight.view(5, 2, 3).sum(-1).abs().max() < 1e-6)
     True
     """
-    cut = weight.unflatten(-1, (parts, -1))
+    cut = weight.view(*weight.shape[:-1], parts, -1)
     of_each = cut.shape[-1]
     cut.normal_(std=(parts * max(of_each - 1, 1) * variance) ** -0.5)
     cut.sub_(cut.mean(-1, keepdim=True))

@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hyper_core.bodies.config import check_size
+from hyper_core.bodies.config import check_size, check_sizes
 from hyper_core.errors import HyperError
 from hyper_core.init import RELU_VARIANCE
 from hyper_core.stacked import StackedLayerNorm, StackedLinear
@@ -47,8 +47,7 @@ class ConvConfig:
     def __post_init__(self) -> None:
         check_size(self, "kernel", self.kernel, 3)
         for field, default in (("widths", (64, 128, 256)), ("blocks", (2, 3, 3))):
-            for i, size in enumerate(getattr(self, field)):
-                check_size(self, f"{field}[{i}]", size, default)
+            check_sizes(self, field, getattr(self, field), default)
         if self.kernel % 2 == 0:
             raise HyperError(
                 f"ConvConfig.kernel is {self.kernel}, expected an odd number, which has a middle; "

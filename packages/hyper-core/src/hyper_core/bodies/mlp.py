@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hyper_core.bodies.config import check_size
+from hyper_core.bodies.config import check_size, check_sizes
 from hyper_core.init import GELU_VARIANCE
 from hyper_core.stacked import StackedLayerNorm, StackedLinear
 
@@ -41,8 +41,7 @@ class MLPConfig:
 
     def __post_init__(self) -> None:
         check_size(self, "hidden", self.hidden, 256)
-        for i, width in enumerate(self.widths):
-            check_size(self, f"widths[{i}]", width, "512 and eleven times 1024")
+        check_sizes(self, "widths", self.widths, "512 and eleven times 1024")
 
     @property
     def input_width(self) -> int:
