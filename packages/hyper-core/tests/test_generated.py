@@ -449,3 +449,14 @@ def test_leaves_on_the_meta_device_show_sizes_without_memory():
     leaves = {"p": [torch.empty(72, 3, 768, device="meta")]}
     generated = GeneratedParameters(leaves)
     assert {value.device.type for value in generated.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("body_dtype", [None, torch.bfloat16])
+def test_a_step_on_the_meta_device_has_shapes_alone(body_dtype):
+    leaf = nn.Parameter(torch.empty(72, 3, 768, device="meta"))
+    generated = GeneratedParameters({"p": [leaf]}, body_dtype=body_dtype)
+    generated.refresh()
+    leaf.grad = torch.empty_like(leaf)
+    generated.backward()
+    generated.commit()
+    assert all(p.grad.shape == p.shape for p in generated.parameters())

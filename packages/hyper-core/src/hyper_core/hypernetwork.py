@@ -198,9 +198,10 @@ class Trunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the mixed tokens in the dtype of x."""
         x = self.norm(x)
-        if self.dtype is None:
+        device = x.device.type
+        if self.dtype is None or not torch.amp.is_autocast_available(device):  # such as meta
             y: Tensor = self.body(x)
             return y
-        with torch.autocast(x.device.type, self.dtype):
+        with torch.autocast(device, self.dtype):
             y = self.body(x)
         return y.to(x.dtype)

@@ -1,6 +1,6 @@
 """BERT's encoder layers as a body."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from torch import Tensor, nn
@@ -45,12 +45,12 @@ class AttentionConfig:
     feed_forward: int = 1200
     layers: int = 1
     norm: Literal["post", "pre"] = "post"
-    max_score_bytes: int = 2**32
+    max_score_bytes: int = field(default=2**32, compare=False)  # a limit, not a size
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name != "norm":
-                check_size(self, field.name, getattr(self, field.name), field.default)
+        for size in fields(self):
+            if size.name != "norm":
+                check_size(self, size.name, getattr(self, size.name), size.default)
         if self.hidden % self.heads:
             above = self.hidden + self.heads - self.hidden % self.heads
             raise HyperError(
