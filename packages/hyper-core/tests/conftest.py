@@ -192,9 +192,10 @@ def unit_rows(stack):
 
 
 def polar(matrix):
-    """The polar factor by singular values, all of them made one."""
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u @ vh
+    """The polar factor by singular values, each made 1 / √(1 + 8ε‖G‖/σ²), one but for rounding."""
+    u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+    shift = 8 * torch.finfo(matrix.dtype).eps * torch.sqrt(sum(values**4))
+    return u @ torch.diag(values / torch.sqrt(values**2 + shift)) @ vh
 
 
 def token_rms(gradient, average, weight, decay):

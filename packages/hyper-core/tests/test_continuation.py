@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hyper_core import AttentionConfig, GeneratedParameters
+from hyper_core import AttentionConfig, GeneratedParameters, HyperError
 
 CONFIG = AttentionConfig(hidden=8, heads=2, feed_forward=8)
 
@@ -80,7 +80,11 @@ def test_loaded_run_equals_the_uninterrupted_one_bit_for_bit(
 def test_the_state_dict_names_state_and_averages():
     generated = Run(0, "recurrent", "token_rms").generated
     saved = {name: v for name, v in generated.state_dict().items() if name.startswith("s")}
-    assert {name for name in generated.state_dict() if "hypernetworks." not in name} == set(saved)
+    assert generated.state_dict()["choices"].dtype == torch.uint8
+    assert {name for name in generated.state_dict() if "hypernetworks." not in name} == {
+        *saved,
+        "choices",
+    }
     assert {name: tuple(value.shape) for name, value in saved.items()} == {
         "state_p_0": (2, 3, 5),
         "state_lam_0": (2, 3, 1),
@@ -88,3 +92,84 @@ def test_the_state_dict_names_state_and_averages():
         "square_lam_0": (2, 3, 1),
         "square_weight": (),
     }
+
+
+def plain(state="recurrent", outputs="free", **options):
+    return GeneratedParameters(
+        {"p": [nn.Parameter(torch.randn(2, 3, 3))]},
+        **{"config": CONFIG, "state": state, "outputs": {"p": outputs}, **options},
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "saved", "here"),
+    [
+        ({"state": "static"}, "state", "'recurrent'", "'static'"),
+        ({"outputs": "unit_rows"}, "outputs['p']", "'free'", "'unit_rows'"),
+        ({"tokens": {"p": "columns"}}, "tokens['p']", "'rows'", "'columns'"),
+        ({"norms": {"p": 2.0}}, "norms['p']", "1.0", "2.0"),
+        ({"sharing": [0, 1]}, "networks['p']", "[0, 0]", "[0, 1]"),
+        (
+            {"config": AttentionConfig(hidden=8, heads=4, feed_forward=8)},
+            "config",
+            "\"AttentionConfig(hidden=8, heads=2, feed_forward=8, layers=1, norm='post')\"",
+            "\"AttentionConfig(hidden=8, heads=4, feed_forward=8, layers=1, norm='post')\"",
+        ),
+    ],
+)
+def test_a_state_dict_of_other_choices_is_refused_before_anything_is_loaded(
+    options, name, saved, here
+):
+    other = plain(**options)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(HyperError) as caught:
+        other.load_state_dict(plain().state_dict())
+    assert str(caught.value) == (
+        f"the state dict was made with {name} {saved}, expected {here}; make the "
+        "GeneratedParameters as that run did."
+    )
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_another_relaxation_is_refused_and_another_limit_is_not():
+    damped = plain(state="damped", relaxation=0.5).state_dict()
+    with pytest.raises(HyperError, match=r"made with relaxation 0\.5, expected 0\.25; make"):
+        plain(state="damped", relaxation=0.25).load_state_dict(damped)
+    limited = AttentionConfig(hidden=8, heads=2, feed_forward=8, max_score_bytes=10**6)
+    plain(config=limited).load_state_dict(plain().state_dict())
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(3, dtype=torch.uint8), torch.ones(()), torch.ones(2)])
+def test_choices_that_are_not_readable_are_refused(bad):
+    with pytest.raises(HyperError) as caught:
+        plain().load_state_dict({**plain().state_dict(), "choices": bad})
+    assert str(caught.value) == (
+        "choices in the state dict is not readable, expected the bytes of a JSON text; load what "
+        "state_dict() returned."
+    )
+
+
+def test_a_part_of_a_larger_module_and_one_from_the_meta_device_load_too():
+    saved = plain().state_dict()
+    whole = nn.ModuleDict({"inner": plain()})
+    whole.load_state_dict({f"inner.{name}": value for name, value in saved.items()})
+    with pytest.raises(HyperError, match="made with state 'recurrent', expected 'static'"):
+        nn.ModuleDict({"inner": plain(state="static")}).load_state_dict(
+            {f"inner.{name}": value for name, value in saved.items()}
+        )
+    empty = plain().to("meta").to_empty(device="cpu")
+    empty.load_state_dict(saved)
+    for name, value in empty.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+
+
+def test_loading_discards_a_pending_refresh():
+    """A commit after it would make the leaves' values of before the state."""
+    generated = plain()
+    saved = {name: value.clone() for name, value in generated.state_dict().items()}
+    generated.refresh()
+    generated.load_state_dict(saved)
+    with pytest.raises(HyperError, match="without a pending refresh"):
+        generated.commit()
+    assert torch.equal(generated.state_p_0, saved["state_p_0"])

@@ -10,6 +10,7 @@ from hyper_core import (
     GeneratedParameters,
     HyperError,
     MLPConfig,
+    name_features,
 )
 
 CONFIG = AttentionConfig(hidden=4, heads=2, feed_forward=4)
@@ -46,11 +47,11 @@ def test_role_without_tensors():
     )
 
 
-@pytest.mark.parametrize("role", ["layers.0", "", "values"])
+@pytest.mark.parametrize("role", ["layers.0", "", "values", "training", 5])
 def test_role_that_cannot_name_a_module(role):
     assert text_of_making({role: [leaf()]}) == (
-        f"the role {role!r} cannot name a module, expected letters, digits and '_' that are not a "
-        "method of nn.ModuleDict; rename it."
+        f"the role {role!r} cannot name a module, expected letters, digits and '_' that are not an "
+        "attribute of nn.ModuleDict; rename it."
     )
 
 
@@ -61,11 +62,15 @@ def test_role_that_cannot_name_a_module(role):
         (torch.ones(2, 0, 3), "torch.float32 of the shape (2, 0, 3)"),
         (torch.ones(2, 3).long(), "torch.int64 of the shape (2, 3)"),
         (torch.ones(1, 1, 2, 3), "torch.float32 of the shape (1, 1, 2, 3)"),
+        (
+            torch.ones(2, 3).to(torch.float8_e4m3fn),
+            "torch.float8_e4m3fn of the shape (2, 3)",
+        ),
     ],
 )
 def test_wrong_tensor(tensor, found):
     assert text_of_making({"p": [leaf(), tensor]}) == (
-        f"p[1] is {found}, expected floating-point numbers of the shape "
+        f"p[1] is {found}, expected float16, bfloat16, float32 or float64 of the shape "
         "(matrices, rows, columns) or (rows, columns), none of them 0; reshape or convert it."
     )
 
@@ -85,11 +90,11 @@ def test_the_same_tensor_twice():
     )
 
 
-def test_unknown_preset():
-    assert text_of_making({"p": [leaf()]}, config="attention-big") == (
-        "config is 'attention-big', expected a body's configuration or one of attention-tinybert, "
-        "attention-small, attention-tiny, conv-resnet18, conv-small, mlp-15, mlp-small; correct "
-        "the name."
+@pytest.mark.parametrize("config", ["attention-big", 5, None, AttentionConfig])
+def test_unknown_config(config):
+    assert text_of_making({"p": [leaf()]}, config=config) == (
+        f"config is {config!r}, expected a body's configuration or one of attention-tinybert, "
+        "attention-small, attention-tiny, conv-resnet18, conv-small, mlp-15, mlp-small; correct it."
     )
 
 
@@ -131,23 +136,24 @@ def test_zero_start_with_unit_rows():
     )
 
 
-@pytest.mark.parametrize("norm", [0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("norm", [0, -1.0, float("inf"), float("nan"), "2", True, None, [2.0]])
 def test_norm_that_is_not_positive(norm):
     assert text_of_making({"p": [leaf()]}, norms={"p": norm}) == (
-        f"norms['p'] is {norm}, expected a positive number; the default is 1."
+        f"norms['p'] is {norm!r}, expected a positive number; the default is 1."
     )
 
 
-@pytest.mark.parametrize("relaxation", [0, 1.5])
+@pytest.mark.parametrize("relaxation", [0, 1.5, "half"])
 def test_relaxation_out_of_range(relaxation):
     assert text_of_making({"p": [leaf()]}, state="damped", relaxation=relaxation) == (
-        f"relaxation is {relaxation}, expected above 0 and at most 1; 1 is the recurrent state."
+        f"relaxation is {relaxation!r}, expected above 0 and at most 1; 1 is the recurrent state."
     )
 
 
-def test_unknown_sharing():
-    assert text_of_making({"p": [leaf()]}, sharing="every") == (
-        "sharing of 'p' is 'every', expected 'all', 'each' or a label per matrix; choose one."
+@pytest.mark.parametrize("sharing", ["every", 5, None, torch.zeros(1)])
+def test_unknown_sharing(sharing):
+    assert text_of_making({"p": [leaf()]}, sharing=sharing) == (
+        f"sharing of 'p' is {sharing!r}, expected 'all', 'each' or a label per matrix; choose one."
     )
 
 
@@ -158,11 +164,90 @@ def test_labels_that_are_not_one_per_matrix():
     )
 
 
+@pytest.mark.parametrize("label", [[1], torch.tensor(1)])
+def test_labels_that_cannot_be_compared(label):
+    assert text_of_making({"p": [leaf(2, 3, 4)]}, sharing=[label, label]) == (
+        f"sharing of 'p' has the label {label!r}, expected words or numbers; give equal labels to "
+        "those that share a network."
+    )
+
+
+@pytest.mark.parametrize("leaves", [[leaf()], leaf(), None])
+def test_leaves_that_are_no_mapping(leaves):
+    assert text_of_making(leaves) == (
+        f"leaves is of type {type(leaves).__name__}, expected a mapping from roles to lists of "
+        "tensors; give for example {'weight': [tensor]}."
+    )
+
+
+def test_role_that_is_no_list():
+    for tensors, name in ((leaf(2, 3, 4), "Parameter"), ((leaf() for _ in "ab"), "generator")):
+        assert text_of_making({"p": tensors}) == (
+            f"the role 'p' is of type {name}, expected a list of tensors; put it into one."
+        )
+    assert text_of_making({"p": [leaf(), 3.0]}) == (
+        "p[1] is of type float, expected a tensor of the shape (matrices, rows, columns) or (rows, "
+        "columns); give the parameter itself."
+    )
+    GeneratedParameters({"p": nn.ParameterList([leaf(), leaf()])}, config=CONFIG).refresh()
+
+
+@pytest.mark.parametrize("option", ["tokens", "outputs", "norms"])
+def test_choice_by_role_that_is_no_mapping(option):
+    assert text_of_making({"p": [leaf()]}, **{option: "rows"}) == (
+        f"{option} is 'rows', expected a mapping by role; give for example {{'p': …}}."
+    )
+
+
+@pytest.mark.parametrize("roles", ["p", "lam", 5])
+def test_zero_start_that_is_no_collection(roles):
+    assert text_of_making({"p": [leaf()]}, zero_start=roles) == (
+        f"zero_start is {roles!r}, expected a collection of roles; give for example {{'p'}}."
+    )
+
+
+@pytest.mark.parametrize("width", [-1, 2.0, "2", None])
+def test_context_width_that_is_no_size(width):
+    assert text_of_making({"p": [leaf()]}, context_width=width) == (
+        f"role 'p': context_width is {width!r}, expected a whole number of at least 0; 0 is for no "
+        "context."
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", torch.float8_e5m2, torch.int8])
+def test_body_dtype_that_autocast_does_not_have(dtype):
+    assert text_of_making({"p": [leaf()]}, body_dtype=dtype) == (
+        f"role 'p': body_dtype is {dtype!r}, expected torch.bfloat16, torch.float16 or None; None "
+        "keeps the dtype of the weights."
+    )
+
+
+def test_scores_and_contexts_are_refused_with_their_role():
+    small = AttentionConfig(hidden=4, heads=2, feed_forward=4, max_score_bytes=100)
+    text = text_of_making({"q": [leaf(1, 2)], "p": [leaf(2, 3, 4)]}, config=small)
+    assert text.startswith("role 'p': attention among 3 tokens in each of 2 matrices has 144 bytes")
+    leaves = {"q": [leaf()], "p": [leaf(2, 3, 4)]}
+    generated = GeneratedParameters(leaves, config=CONFIG, context_width=2)
+    assert text_of(generated.refresh, {"q": torch.ones(2), "p": torch.ones(3)}) == (
+        "role 'p': context has the shape (2, 3), expected (2, 2) as context_width says; give a row "
+        "of features for each matrix."
+    )
+
+
+@pytest.mark.parametrize("names", ["a.b", ["a", 5]])
+def test_names_that_are_no_list_of_words(names):
+    assert text_of(name_features, names) == (
+        f"names is {names!r}, expected a list of words, one for each matrix; give the modules' "
+        "names."
+    )
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 4), ()])
 def test_scalars_of_a_wrong_shape(shape):
     assert text_of_making({"p": [torch.ones(shape)]}, tokens={"p": "scalars"}) == (
-        f"p[0] is torch.float32 of the shape {shape}, expected floating-point numbers of the shape "
-        "(matrices, numbers) or (numbers,), none of them 0; reshape or convert it."
+        f"p[0] is torch.float32 of the shape {shape}, expected float16, bfloat16, float32 or "
+        "float64 of the shape (matrices, numbers) or (numbers,), none of them 0; reshape or "
+        "convert it."
     )
 
 
@@ -190,11 +275,11 @@ def test_learning_rate_for_an_unknown_part_or_role(what, known):
     )
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1])
+@pytest.mark.parametrize("decay", [-0.1, 1, "0.9", None])
 def test_decay_out_of_range(decay):
     assert text_of_making({"p": [leaf()]}, gradient_decay=decay) == (
-        f"gradient_decay is {decay}, expected 0 or more and below 1; 0.99 averages about the last "
-        "100 steps."
+        f"gradient_decay is {decay!r}, expected 0 or more and below 1; 0.99 averages about the "
+        "last 100 steps."
     )
 
 
@@ -244,6 +329,18 @@ def test_sizes_of_an_mlp():
         "MLPConfig.widths[0] is True, expected a whole number of at least 1; the default is 512 "
         "and eleven times 1024."
     )
+
+
+@pytest.mark.parametrize("sizes", [4, "84", None])
+def test_sizes_that_are_no_tuple(sizes):
+    for config, default in (
+        (MLPConfig, "512 and eleven times 1024"),
+        (ConvConfig, "(64, 128, 256)"),
+    ):
+        assert text_of(config, widths=sizes) == (
+            f"{config.__name__}.widths is {sizes!r}, expected a tuple of whole numbers of at least "
+            f"1; the default is {default}."
+        )
 
 
 BACKWARD_WITHOUT_REFRESH = (

@@ -55,6 +55,43 @@ def test_polar_factor_in_float32_is_orthonormal_at_every_scale(scale):
     )
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("shape", [(2, 8), (8, 2), (4, 48), (16, 300), (64, 768)])
+def test_polar_factor_in_float32_of_nearly_dependent_rows_is_bounded_and_so_is_its_gradient(
+    noise, shape
+):
+    x = torch.randn(8, min(shape), max(shape))
+    x[:, 1] = x[:, 0] + noise * torch.randn(8, max(shape))
+    x = (x if shape[0] < shape[1] else x.mT.contiguous()).requires_grad_()
+    (found,) = polar_factors([x])
+    values = torch.linalg.svdvals(found.detach().double())
+    assert values.max() < 1.001
+    torch.testing.assert_close(
+        values[:, :-1], torch.ones_like(values[:, :-1]), rtol=0, atol=2e-3 * min(shape) ** 0.5
+    )
+    cotangent = torch.randn_like(found)
+    (gradient,) = torch.autograd.grad(found, x, cotangent)
+    # Of (G + cI)^(-1/2) X the derivative is at most 1/√c, and c is 8ε‖G‖.
+    gram = (x @ x.mT if shape[0] < shape[1] else x.mT @ x).detach()
+    shift = 8 * torch.finfo(torch.float32).eps * gram.norm(dim=(-2, -1))
+    bound = cotangent.norm(dim=(-2, -1)) / shift.sqrt()
+    assert (gradient.norm(dim=(-2, -1)) < 1.1 * bound).all()
+
+
+@pytest.mark.parametrize(("ratio", "short"), [(1e-2, 5e-3), (3e-3, 6e-2), (1e-3, 0.3)])
+@pytest.mark.parametrize("rank", [2, 4, 16])
+def test_polar_factor_in_float32_is_as_accurate_as_its_docstring_says(ratio, short, rank):
+    values = torch.ones(rank, dtype=torch.float64)
+    values[-1] = ratio * (rank - 1) ** 0.5
+    x = torch.stack([with_singular_values(values.tolist(), rank, 48) for _ in range(8)])
+    (found,) = polar_factors([x.float()])
+    least = torch.linalg.svdvals(found.double())[:, -1]
+    assert (least > 1 - short).all()
+    norm = (values**2).norm()
+    exact = 1 / torch.sqrt(1 + 8 * torch.finfo(torch.float32).eps * norm / values[-1] ** 2)
+    torch.testing.assert_close(least, exact.expand(8), rtol=0.05, atol=0)
+
+
 def test_polar_factor_of_nearly_dependent_rows(twin):
     x = with_singular_values([1.0, 0.3, 1e-3], 3, 9)[None]
     torch.testing.assert_close(polar_factors([x])[0][0], twin.polar(x[0]), rtol=0, atol=1e-7)
@@ -69,6 +106,7 @@ def test_dependent_rows_and_zeros_stay_finite_with_finite_gradients():
     assert found[0].abs().max() == 0
     (gradient,) = torch.autograd.grad(found.sum(), x)
     assert gradient.isfinite().all()
+    assert gradient[0].abs().max() == 0
 
 
 def test_stacks_of_all_widths_and_equal_rank_share_one_iteration(twin):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hyper_core import AttentionConfig, GeneratedParameters, HyperError, diagnose
+from hyper_core import PRESETS, AttentionConfig, GeneratedParameters, HyperError, diagnose
 from hyper_core.recursion import Recursion
 
 MATRICES, RANK, WIDTH = 12, 4, 48
@@ -45,6 +45,21 @@ def test_a_thousand_steps_at_fixed_weights_stay_bounded_and_apart(recwarn, outpu
     assert 0.5 < p.detach().norm(dim=-1).min() < p.detach().norm(dim=-1).max() < 2
     assert figures.cosine < 0.45
     assert figures.effective_rank > 2
+    assert not list(recwarn)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_matrices_and_components_of_every_preset_stay_apart(recwarn, name):
+    p, generated = make(config=name)
+    for _ in range(20):
+        generated.refresh()
+        generated.commit()
+        tokens = p.detach().flatten(0, 1)
+        figures = diagnose(generated).roles["p"]
+        # With its sign, unrelated tokens have a mean cosine of zero; a common part adds its square.
+        assert (tokens @ tokens.mT - torch.eye(len(tokens))).mean().abs() < 0.04
+        assert figures.cosine < 0.2
+        assert figures.effective_rank > 0.75 * RANK
     assert not list(recwarn)
 
 

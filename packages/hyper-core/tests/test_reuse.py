@@ -30,7 +30,7 @@ def test_another_model_takes_over_bodies_and_the_widths_in_common():
     assert report.fresh[f"{prefix}embedding"] == "it belongs to the matrices of the other run"
     assert report.fresh[f"{prefix}inputs.6.weight"] == "saved has none"
     assert report.fresh["hypernetworks.b.trunk.norm.weight"] == "saved has none"
-    assert report.fresh["state_p_0"] == "state and averages are the run's own"
+    assert report.fresh["state_p_0"] == "it is the run's own"
     lines = str(report).splitlines()
     assert lines[0] == (
         f"{len(report.carried)} tensors carried over; {len(report.fresh)} start afresh:"
@@ -41,7 +41,7 @@ def test_another_model_takes_over_bodies_and_the_widths_in_common():
 def test_another_task_on_the_same_model_takes_over_embeddings_too():
     old, new = make({"p": [(2, 3, 5)]}), make({"p": [(2, 3, 5)]}, seed=1)
     report = reuse_(new, old.state_dict(), same_matrices=True)
-    assert set(report.fresh) == {"state_p_0"}
+    assert set(report.fresh) == {"choices", "state_p_0"}
     new.state_p_0.copy_(old.state_p_0)
     for one, other in zip(new.generate()["p"], old.generate()["p"], strict=True):
         assert torch.equal(one, other)
@@ -75,7 +75,7 @@ def test_networks_of_matrices_are_taken_over_for_the_same_matrices_alone():
         "afresh: it belongs to the matrices of the other run; make the hypernetworks with the same "
         "roles and the same config."
     )
-    assert set(reuse_(new, saved, same_matrices=True).fresh) == {"state_p_0"}
+    assert set(reuse_(new, saved, same_matrices=True).fresh) == {"choices", "state_p_0"}
 
 
 def test_another_size_is_named_and_nothing_is_written():

@@ -44,11 +44,16 @@ def name_features(names: Sequence[str]) -> Tensor:
     so that the mean square of each row's kinds is 1. float32.
 
     Raises:
-        HyperError: there is no name.
+        HyperError: there is no name, or one word in place of a list.
 
     >>> name_features(["layers.0.q", "layers.0.v", "layers.2.q", "layers.2.v"])[:, 0].tolist()
     [-1.0, -1.0, 1.0, 1.0]
     """
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise HyperError(
+            f"names is {names!r}, expected a list of words, one for each matrix; give the modules' "
+            "names."
+        )
     if not names:
         raise HyperError("names is empty, expected one for each matrix; give the modules' names.")
     parts = [name.split(".") for name in names]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hyper_core.bodies.config import BodyConfig
+from hyper_core.checks import check_choice, naming_role
+from hyper_core.choices import check_saved, choices_of, encode
 from hyper_core.context import Context, context_rows
 from hyper_core.errors import HyperError
 from hyper_core.hypernetwork import Hypernetwork
@@ -17,7 +19,7 @@ from hyper_core.normalisation import check_decay, normalise_tokens
 from hyper_core.outputs import Output
 from hyper_core.presets import find_config
 from hyper_core.recursion import Recursion, State
-from hyper_core.roles import check_choice, resolve_roles
+from hyper_core.roles import resolve_roles
 from hyper_core.sharing import Sharing, networks_of
 from hyper_core.tokens import Tokens, from_tokens, to_tokens, token_shape
 
@@ -58,7 +60,8 @@ class GeneratedParameters(nn.Module):
     Dtype and device: float32, or the leaves' where wider, on the first leaf's device; `to` changes
     it. Values are converted where they meet the leaves, which may be narrower.
     Gradient: to the hypernetworks' weights, which are all of `parameters`; never to the state.
-    Saved: the weights, the state, the running averages; nothing else changes the next step.
+    Saved: the weights, the state, the running averages; nothing else changes the next step. The
+    choices too: loading a state dict of others is refused, and else discards a pending `refresh`.
     Paper: section 3.2 and Appendix C. Deviations: the tokens, the sharing, the outputs, the
     damped and static states, token_rms.
 
@@ -110,23 +113,28 @@ class GeneratedParameters(nn.Module):
         scalars = [name for name, role in self.roles.items() if role.tokens == "scalars"]
         self.groups = group_leaves(leaves, scalars)
         self._decay = gradient_decay if gradient_normalisation == "token_rms" else None
+        size = find_config(config)
         self.hypernetworks = nn.ModuleDict()
+        networks: dict[str, list[int]] = {}
         for name, role in self.roles.items():
             groups = self.groups_of(name)
             order = [position for group in groups for position in group.positions]
             self.register_buffer(f"order_{name}", torch.tensor(order), persistent=False)
-            networks = networks_of(role.sharing, len(order), f"sharing of {name!r}")
-            self.hypernetworks[name] = Hypernetwork(
-                [token_shape(group.shape, role.tokens) for group in groups],
-                find_config(config),
-                sharing=[networks[position] for position in order],
-                embeddings=embeddings,
-                context_width=context_width,
-                zero_output=role.zero_start or self.recursion.keeps_start,
-                body_dtype=body_dtype,
-            )
+            networks[name] = networks_of(role.sharing, len(order), f"sharing of {name!r}")
+            with naming_role(name):
+                self.hypernetworks[name] = Hypernetwork(
+                    [token_shape(group.shape, role.tokens) for group in groups],
+                    size,
+                    sharing=[networks[name][position] for position in order],
+                    embeddings=embeddings,
+                    context_width=context_width,
+                    zero_output=role.zero_start or self.recursion.keeps_start,
+                    body_dtype=body_dtype,
+                )
+        self._choices = choices_of(self.recursion, self.roles, networks, size)
+        self.register_buffer("choices", encode(self._choices))
         self._register_state()
-        self.discard()
+        self._forget()
 
     def groups_of(self, role: str) -> list[LeafGroup]:
         """Return the leaves of ``role``, grouped by shape and device."""
@@ -153,13 +161,10 @@ class GeneratedParameters(nn.Module):
             self.register_buffer("square_weight", torch.zeros(()))
         self.to(home, dtype)
 
-    def _saved(self, names: Sequence[str]) -> list[Tensor]:
-        return [self.get_buffer(name) for name in names]
-
     def state_of(self, role: str) -> list[Tensor]:
         """Return the state P_i of each group of ``role``, (matrices, rows, columns)."""
-        saved = zip(self.groups, self._saved(self._state_names), strict=True)
-        return [state for group, state in saved if group.role == role]
+        states = map(self.get_buffer, self._state_names)
+        return [p for group, p in zip(self.groups, states, strict=True) if group.role == role]
 
     def generate(self, context: Context = None) -> dict[str, list[Tensor]]:
         """Return the values of each group by role, in autograd's graph; changes nothing.
@@ -172,7 +177,8 @@ class GeneratedParameters(nn.Module):
             state = self.state_of(name)
             rows = context_rows(context, name, self.get_buffer(f"order_{name}"))
             rows = None if rows is None else rows.to(state[0].dtype)
-            values[name] = self.recursion.values(network, self.roles[name], state, rows)
+            with naming_role(name):
+                values[name] = self.recursion.values(network, self.roles[name], state, rows)
         return values
 
     def refresh(self, context: Context = None) -> None:
@@ -191,7 +197,7 @@ class GeneratedParameters(nn.Module):
         values = list(chain.from_iterable(self.generate(context).values()))
         for group, rows in zip(self.groups, values, strict=True):
             group.write_(rows)
-        self.discard()
+        self._forget()
         if torch.is_grad_enabled():
             self._refreshed = True
             self._pending = values
@@ -225,7 +231,7 @@ class GeneratedParameters(nn.Module):
             return gradients
         kinds = [self.roles[group.role].tokens for group in self.groups]
         cut = [to_tokens(gradient, kind) for gradient, kind in zip(gradients, kinds, strict=True)]
-        before = self._saved(self._average_names)
+        before = [*map(self.get_buffer, self._average_names)]
         cut, self._averages = normalise_tokens(cut, before, self._decay, scale)
         return [
             from_tokens(part, kind, group.shape[1])
@@ -234,7 +240,7 @@ class GeneratedParameters(nn.Module):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Make the leaves' present values the state, and advance the gradients' averages.
+        """Make the leaves' values the state, advance the averages, and end the step by `discard`.
 
         Raises:
             HyperError: there was no `refresh` since the last `commit` or `discard`.
@@ -245,14 +251,24 @@ class GeneratedParameters(nn.Module):
                 "each commit(); an evaluation's refresh() belongs after commit()."
             )
         if not self.recursion.keeps_start:
-            for state, group in zip(self._saved(self._state_names), self.groups, strict=True):
-                state.copy_(group.values())
+            for name, group in zip(self._state_names, self.groups, strict=True):
+                self.get_buffer(name).copy_(group.values())
         if self._averages:
-            torch._foreach_copy_(self._saved(self._average_names), self._averages)
+            torch._foreach_copy_([*map(self.get_buffer, self._average_names)], self._averages)
         self.discard()
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        check_saved(self._choices, state_dict.get(f"{prefix}choices"))
+        self.discard()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def discard(self) -> None:
-        """Forget the pending `refresh`: state and averages stay as they were."""
+        """Forget the pending `refresh`, and set the leaves' gradients to zero in place."""
+        for group in self.groups:
+            group.zero_gradients_()
+        self._forget()
+
+    def _forget(self) -> None:
         self._refreshed = False
         self._pending = []
         self._versions = []

@@ -66,6 +66,16 @@ class Hypernetwork(nn.Module):
                 f"shapes is {list(shapes)}, expected at least one (matrices, tokens, width), all "
                 "above 0; give the shape of each stack."
             )
+        if not isinstance(context_width, int) or context_width < 0:
+            raise HyperError(
+                f"context_width is {context_width!r}, expected a whole number of at least 0; 0 is "
+                "for no context."
+            )
+        if body_dtype not in (None, torch.bfloat16, torch.float16):
+            raise HyperError(
+                f"body_dtype is {body_dtype!r}, expected torch.bfloat16, torch.float16 or None; "
+                "None keeps the dtype of the weights."
+            )
         self.shapes, self.context_width = list(shapes), context_width
         counts = [count for count, _, _ in self.shapes]
         networks = networks_of(sharing, sum(counts))
@@ -188,9 +198,10 @@ class Trunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the mixed tokens in the dtype of x."""
         x = self.norm(x)
-        if self.dtype is None:
+        device = x.device.type
+        if self.dtype is None or not torch.amp.is_autocast_available(device):  # such as meta
             y: Tensor = self.body(x)
             return y
-        with torch.autocast(x.device.type, self.dtype):
+        with torch.autocast(device, self.dtype):
             y = self.body(x)
         return y.to(x.dtype)

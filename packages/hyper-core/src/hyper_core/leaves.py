@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from hyper_core.errors import HyperError
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class LeafGroup:
@@ -67,6 +69,13 @@ class LeafGroup:
                 )
             gradients.append(leaf.grad)
         return self._join(gradients)
+
+    @torch.no_grad()
+    def zero_gradients_(self) -> None:
+        """Set the leaves' ``.grad`` to zero in place, so that views of it stay what they are."""
+        gradients = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
+        if gradients:
+            torch._foreach_zero_(gradients)
 
     def versions(self) -> list[int]:
         """Return autograd's count of in-place changes of each leaf."""
@@ -129,15 +138,25 @@ def group_leaves(
 
 def check_roles(leaves: Mapping[str, Sequence[Tensor]]) -> None:
     """Raise a `HyperError` for no role, one that cannot name a module, or one without tensors."""
+    if not isinstance(leaves, Mapping):
+        raise HyperError(
+            f"leaves is of type {type(leaves).__name__}, expected a mapping from roles to lists of "
+            "tensors; give for example {'weight': [tensor]}."
+        )
     if not leaves:
         raise HyperError(
             "leaves has no role, expected at least one; give for example {'weight': [tensor]}."
         )
     for role, tensors in leaves.items():
-        if not role.isidentifier() or hasattr(nn.ModuleDict, role):
+        if not isinstance(role, str) or not role.isidentifier() or hasattr(nn.ModuleDict(), role):
             raise HyperError(
                 f"the role {role!r} cannot name a module, expected letters, digits and '_' that "
-                "are not a method of nn.ModuleDict; rename it."
+                "are not an attribute of nn.ModuleDict; rename it."
+            )
+        if not isinstance(tensors, Sequence | nn.ParameterList):
+            raise HyperError(
+                f"the role {role!r} is of type {type(tensors).__name__}, expected a list of "
+                "tensors; put it into one."
             )
         if not len(tensors):
             raise HyperError(
@@ -152,12 +171,17 @@ def _check_tensors(leaves: Mapping[str, Sequence[Tensor]], scalars: set[str]) ->
         if role not in scalars:
             shapes = "(matrices, rows, columns) or (rows, columns)"
         for name, leaf in ((f"{role}[{i}]", leaf) for i, leaf in enumerate(tensors)):
-            dimensions = (1, 2) if role in scalars else (2, 3)
-            if leaf.ndim not in dimensions or not leaf.numel() or not leaf.is_floating_point():
+            if not isinstance(leaf, Tensor):
                 raise HyperError(
-                    f"{name} is {leaf.dtype} of the shape {tuple(leaf.shape)}, expected "
-                    f"floating-point numbers of the shape {shapes}, none of them 0; reshape or "
-                    "convert it."
+                    f"{name} is of type {type(leaf).__name__}, expected a tensor of the shape "
+                    f"{shapes}; give the parameter itself."
+                )
+            dimensions = (1, 2) if role in scalars else (2, 3)
+            if leaf.ndim not in dimensions or not leaf.numel() or leaf.dtype not in _DTYPES:
+                raise HyperError(
+                    f"{name} is {leaf.dtype} of the shape {tuple(leaf.shape)}, expected float16, "
+                    f"bfloat16, float32 or float64 of the shape {shapes}, none of them 0; reshape "
+                    "or convert it."
                 )
             if not leaf.is_leaf:
                 raise HyperError(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hyper_core.checks import is_number
 from hyper_core.errors import HyperError
 
 _EPSILON = 1e-12
@@ -42,8 +43,8 @@ def check_decay(decay: float) -> None:
 
     >>> check_decay(0.99)
     """
-    if not 0 <= decay < 1:
+    if not is_number(decay) or not 0 <= decay < 1:
         raise HyperError(
-            f"gradient_decay is {decay}, expected 0 or more and below 1; 0.99 averages about the "
+            f"gradient_decay is {decay!r}, expected 0 or more and below 1; 0.99 averages about the "
             "last 100 steps."
         )

@@ -26,16 +26,16 @@ def find_config(config: BodyConfig | str) -> BodyConfig:
     """Return the size that a preset's name stands for; a size stands for itself.
 
     Raises:
-        HyperError: the name is unknown; the known ones are listed.
+        HyperError: it is neither; the known names are listed.
 
     >>> find_config("attention-small").input_width
     96
     """
-    if not isinstance(config, str):
+    if isinstance(config, BodyConfig) and not isinstance(config, type):
         return config
-    if config not in PRESETS:
+    if not isinstance(config, str) or config not in PRESETS:
         raise HyperError(
             f"config is {config!r}, expected a body's configuration or one of "
-            f"{', '.join(PRESETS)}; correct the name."
+            f"{', '.join(PRESETS)}; correct it."
         )
     return PRESETS[config]

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hyper_core.checks import check_choice, is_number
 from hyper_core.errors import HyperError
 from hyper_core.hypernetwork import Hypernetwork
 from hyper_core.outputs import constrain
-from hyper_core.roles import Role, check_choice
+from hyper_core.roles import Role
 from hyper_core.tokens import from_tokens, to_tokens
 
 State = Literal["recurrent", "static", "damped"]
@@ -36,9 +37,9 @@ class Recursion:
 
     def __post_init__(self) -> None:
         check_choice("state", self.state, ("recurrent", "static", "damped"))
-        if not 0 < self.relaxation <= 1:
+        if not is_number(self.relaxation) or not 0 < self.relaxation <= 1:
             raise HyperError(
-                f"relaxation is {self.relaxation}, expected above 0 and at most 1; 1 is the "
+                f"relaxation is {self.relaxation!r}, expected above 0 and at most 1; 1 is the "
                 "recurrent state."
             )
 

@@ -89,7 +89,7 @@ def _obstacle(
 ) -> str | None:
     """Return why ``name`` starts afresh, or None where it does not."""
     if not name.startswith(_NETWORKS):
-        return "state and averages are the run's own"
+        return "it is the run's own"
     role, part = name.removeprefix(_NETWORKS).split(".", 1)
     if part.startswith("outputs.") and (
         generated.roles[role].zero_start or generated.recursion.keeps_start

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hyper_core.checks import check_choice, is_number
 from hyper_core.errors import HyperError
 from hyper_core.outputs import OUTPUTS, Output
 from hyper_core.sharing import Sharing
@@ -58,6 +59,7 @@ def resolve_roles(
     Raises:
         HyperError: a choice for an unknown role, an unknown or contradictory choice.
     """
+    _check_kinds(leaves, {"tokens": tokens, "outputs": outputs, "norms": norms}, zero_start)
     by_role = sharing if isinstance(sharing, Mapping) else dict.fromkeys(leaves, sharing)
     named = {
         "tokens": tokens, "outputs": outputs, "norms": norms, "zero_start": zero_start,
@@ -79,9 +81,9 @@ def resolve_roles(
                 "direction; make the output 'free' or drop it from zero_start."
             )
     for role, norm in norms.items():
-        if not norm > 0 or math.isinf(norm):
+        if not is_number(norm) or norm <= 0:
             raise HyperError(
-                f"norms[{role!r}] is {norm}, expected a positive number; the default is 1."
+                f"norms[{role!r}] is {norm!r}, expected a positive number; the default is 1."
             )
     return {
         role: Role(
@@ -95,10 +97,19 @@ def resolve_roles(
     }
 
 
-def check_choice(what: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise a `HyperError` unless ``value`` is one of ``choices``.
-
-    >>> check_choice("state", "static", ("recurrent", "static"))
-    """
-    if value not in choices:
-        raise HyperError(f"{what} is {value!r}, expected one of {', '.join(choices)}; choose one.")
+def _check_kinds(
+    leaves: Mapping[str, Sequence[object]], by_role: Mapping[str, Any], zero_start: Any
+) -> None:
+    """Raise a `HyperError` for a choice by role that is no mapping, or roles that are no set."""
+    role = next(iter(leaves))
+    for what, given in by_role.items():
+        if not isinstance(given, Mapping):
+            raise HyperError(
+                f"{what} is {given!r}, expected a mapping by role; give for example "
+                f"{{{role!r}: …}}."
+            )
+    if isinstance(zero_start, str) or not isinstance(zero_start, Collection):
+        raise HyperError(
+            f"zero_start is {zero_start!r}, expected a collection of roles; give for example "
+            f"{{{role!r}}}."
+        )

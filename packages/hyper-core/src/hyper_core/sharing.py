@@ -18,16 +18,14 @@ def networks_of(sharing: Sharing, matrices: int, what: str = "sharing") -> list[
     matrices of equal label share one.
 
     Raises:
-        HyperError: another word, or not one label per matrix.
+        HyperError: another word, not one label per matrix, or labels that cannot be compared.
 
     >>> networks_of(["attention", "mlp", "attention"], 3)
     [0, 1, 0]
     """
-    if sharing == "all":
-        return [0] * matrices
-    if sharing == "each":
-        return list(range(matrices))
-    if isinstance(sharing, str):
+    if isinstance(sharing, str) and sharing in ("all", "each"):
+        return [0] * matrices if sharing == "all" else list(range(matrices))
+    if isinstance(sharing, str) or not isinstance(sharing, Sequence):
         raise HyperError(
             f"{what} is {sharing!r}, expected 'all', 'each' or a label per matrix; choose one."
         )
@@ -36,6 +34,12 @@ def networks_of(sharing: Sharing, matrices: int, what: str = "sharing") -> list[
             f"{what} has {len(sharing)} labels, expected one for each of {matrices} matrices; "
             "give equal labels to those that share a network."
         )
+    for label in sharing:  # equal tensors have different hashes
+        if isinstance(label, Tensor) or not isinstance(label, Hashable):
+            raise HyperError(
+                f"{what} has the label {label!r}, expected words or numbers; give equal labels to "
+                "those that share a network."
+            )
     numbers: dict[Hashable, int] = {}
     return [numbers.setdefault(label, len(numbers)) for label in sharing]
 

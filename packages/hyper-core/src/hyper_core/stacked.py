@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hyper_core.init import fan_in_normal_
+from hyper_core.init import centred_normal_, fan_in_normal_
 
 
 class StackedLinear(nn.Module):
@@ -12,7 +12,8 @@ class StackedLinear(nn.Module):
 
     Shapes: x (networks, matrices, tokens, fan-in), y the same with fan-out; weight (networks,
     fan-out, fan-in), bias (networks, fan-out). Gradient: to x, weight and bias. Saved: both.
-    Start: weight as `fan_in_normal_` with ``second_moment``, bias 0.
+    Start: weight as `fan_in_normal_`, or where x has been through an activation as
+    `centred_normal_` with its ``activation_variance`` and ``parts``; bias 0.
 
     >>> StackedLinear(2, 3, 5)(torch.ones(2, 4, 6, 3)).shape
     torch.Size([2, 4, 6, 5])
@@ -25,12 +26,16 @@ class StackedLinear(nn.Module):
         fan_out: int,
         *,
         bias: bool = True,
-        second_moment: float = 1.0,
+        activation_variance: float | None = None,
+        parts: int = 1,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(networks, fan_out, fan_in))
         self.bias = nn.Parameter(torch.zeros(networks, fan_out)) if bias else None
-        fan_in_normal_(self.weight, second_moment)
+        if activation_variance is None:
+            fan_in_normal_(self.weight)
+        else:
+            centred_normal_(self.weight, activation_variance, parts)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hyper_core import GeneratedParameters
+from hyper_core import GeneratedParameters, HyperError
 from hyper_tune.errors import UserError
 from hyper_tune.factors import FactorOwner, LearnedFactors
 from hyper_tune.method import MethodConfig
@@ -122,7 +122,7 @@ class Assembly:
             raise UserError("the saved state has no optimizer; load it without one, or save both.")
         try:
             self.owner.load_state_dict(state["owner"])
-        except RuntimeError as error:
+        except (RuntimeError, HyperError) as error:
             raise UserError(f"the saved state is of another model or method: {error}") from error
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])

@@ -1,6 +1,6 @@
 """BERT's encoder layers as a body."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from hyper_core.bodies.config import check_size
 from hyper_core.errors import HyperError
-from hyper_core.init import GELU_SECOND_MOMENT
+from hyper_core.init import GELU_VARIANCE
 from hyper_core.stacked import StackedLayerNorm, StackedLinear
 
 
@@ -28,7 +28,8 @@ class AttentionConfig:
     feed-forward part, which the paper does not state, is TinyBERT's 1200.
     Paper: section 3.3 and equation 8. Deviations: no dropout; the start.
 
-    Start: biases 0, weights N(0, σ²) with the σ of `hyper_core.init.fan_in_normal_`.
+    Start: biases 0; weights as `hyper_core.init.fan_in_normal_`, and those that read an
+    activation as `hyper_core.init.centred_normal_`.
 
     Raises:
         HyperError: a size below one, ``hidden`` that ``heads`` does not divide, an unknown norm.
@@ -44,12 +45,12 @@ class AttentionConfig:
     feed_forward: int = 1200
     layers: int = 1
     norm: Literal["post", "pre"] = "post"
-    max_score_bytes: int = 2**32
+    max_score_bytes: int = field(default=2**32, compare=False)  # a limit, not a size
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name != "norm":
-                check_size(self, field.name, getattr(self, field.name), field.default)
+        for size in fields(self):
+            if size.name != "norm":
+                check_size(self, size.name, getattr(self, size.name), size.default)
         if self.hidden % self.heads:
             above = self.hidden + self.heads - self.hidden % self.heads
             raise HyperError(
@@ -106,7 +107,7 @@ class EncoderLayer(nn.Module):
         self.attention_norm = StackedLayerNorm(networks, hidden)
         self.up = StackedLinear(networks, hidden, config.feed_forward)
         self.down = StackedLinear(
-            networks, config.feed_forward, hidden, second_moment=GELU_SECOND_MOMENT
+            networks, config.feed_forward, hidden, activation_variance=GELU_VARIANCE
         )
         self.output_norm = StackedLayerNorm(networks, hidden)
 

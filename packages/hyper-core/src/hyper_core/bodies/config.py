@@ -1,12 +1,14 @@
 """What every body's configuration offers, and the checks that they share."""
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from hyper_core.errors import HyperError
 
 
+@runtime_checkable
 class BodyConfig(Protocol):
     """A size of a body. A body of your own is a frozen dataclass with these four.
 
@@ -48,3 +50,17 @@ def check_size(owner: object, field: str, value: Any, default: object) -> None:
             f"{type(owner).__name__}.{field} is {value!r}, expected a whole number of at least 1; "
             f"the default is {default}."
         )
+
+
+def check_sizes(owner: object, field: str, values: Any, default: object) -> None:
+    """Raise a `HyperError` unless ``values`` is a sequence of sizes, as `check_size` has them.
+
+    >>> check_sizes(object(), "widths", (3, 4), (64, 128))
+    """
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise HyperError(
+            f"{type(owner).__name__}.{field} is {values!r}, expected a tuple of whole numbers of "
+            f"at least 1; the default is {default}."
+        )
+    for i, value in enumerate(values):
+        check_size(owner, f"{field}[{i}]", value, default)

@@ -6,9 +6,9 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hyper_core.bodies.config import check_size
+from hyper_core.bodies.config import check_size, check_sizes
 from hyper_core.errors import HyperError
-from hyper_core.init import RELU_SECOND_MOMENT
+from hyper_core.init import RELU_VARIANCE
 from hyper_core.stacked import StackedLayerNorm, StackedLinear
 
 
@@ -28,7 +28,8 @@ class ConvConfig:
     norm and ReLU before each convolution (ResNet v2), since a ReLU after each sum makes all tokens
     start alike.
 
-    Start: biases 0, weights N(0, σ²) with the σ of `hyper_core.init.fan_in_normal_`.
+    Start: biases 0; weights as `hyper_core.init.fan_in_normal_`, and those that read an
+    activation as `hyper_core.init.centred_normal_`.
 
     Raises:
         HyperError: a size below one, an even kernel, ``blocks`` that are not one for each width.
@@ -46,8 +47,7 @@ class ConvConfig:
     def __post_init__(self) -> None:
         check_size(self, "kernel", self.kernel, 3)
         for field, default in (("widths", (64, 128, 256)), ("blocks", (2, 3, 3))):
-            for i, size in enumerate(getattr(self, field)):
-                check_size(self, f"{field}[{i}]", size, default)
+            check_sizes(self, field, getattr(self, field), default)
         if self.kernel % 2 == 0:
             raise HyperError(
                 f"ConvConfig.kernel is {self.kernel}, expected an odd number, which has a middle; "
@@ -112,7 +112,7 @@ class TokenConvolution(nn.Module):
         super().__init__()
         self.kernel = kernel
         self.taps = StackedLinear(
-            networks, kernel * before, after, second_moment=RELU_SECOND_MOMENT
+            networks, kernel * before, after, activation_variance=RELU_VARIANCE, parts=kernel
         )
 
     def forward(self, x: Tensor) -> Tensor:

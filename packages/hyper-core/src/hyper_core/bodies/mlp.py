@@ -6,8 +6,8 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hyper_core.bodies.config import check_size
-from hyper_core.init import GELU_SECOND_MOMENT
+from hyper_core.bodies.config import check_size, check_sizes
+from hyper_core.init import GELU_VARIANCE
 from hyper_core.stacked import StackedLayerNorm, StackedLinear
 
 
@@ -24,7 +24,8 @@ class MLPConfig:
     parameter count. Deviations: the normalisation and the residual connections, without which
     the tokens of such a depth start nearly equal.
 
-    Start: biases 0, weights N(0, σ²) with the σ of `hyper_core.init.fan_in_normal_`.
+    Start: biases 0; weights as `hyper_core.init.fan_in_normal_`, and those that read an
+    activation as `hyper_core.init.centred_normal_`.
 
     Raises:
         HyperError: a size below one.
@@ -40,8 +41,7 @@ class MLPConfig:
 
     def __post_init__(self) -> None:
         check_size(self, "hidden", self.hidden, 256)
-        for i, width in enumerate(self.widths):
-            check_size(self, f"widths[{i}]", width, "512 and eleven times 1024")
+        check_sizes(self, "widths", self.widths, "512 and eleven times 1024")
 
     @property
     def input_width(self) -> int:
@@ -84,7 +84,7 @@ class NormedLayer(nn.Module):
     def __init__(self, networks: int, before: int, after: int) -> None:
         super().__init__()
         self.norm = StackedLayerNorm(networks, before)
-        self.linear = StackedLinear(networks, before, after, second_moment=GELU_SECOND_MOMENT)
+        self.linear = StackedLinear(networks, before, after, activation_variance=GELU_VARIANCE)
         self.residual = before == after
 
     def forward(self, h: Tensor) -> Tensor:

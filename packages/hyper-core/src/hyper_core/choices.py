@@ -1,0 +1,95 @@
+"""The choices that give a state its meaning, saved beside it and compared when it is loaded."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyper_core.bodies.config import BodyConfig
+from hyper_core.errors import HyperError
+from hyper_core.recursion import Recursion
+from hyper_core.roles import Role
+
+Choices = dict[str, object]
+
+
+def choices_of(
+    recursion: Recursion,
+    roles: Mapping[str, Role],
+    networks: Mapping[str, Sequence[int]],
+    config: BodyConfig,
+) -> Choices:
+    """Return by name what decides how the weights are read, where their shapes do not tell.
+
+    >>> from hyper_core import MLPConfig
+    >>> role = Role("rows", "free", 1.0, False, "all")
+    >>> choices_of(Recursion("static"), {"p": role}, {"p": [0, 0]}, MLPConfig(8, (4,)))["config"]
+    'MLPConfig(hidden=8, widths=(4,))'
+    """
+    choices: Choices = {"state": recursion.state, "config": _text(config)}
+    if recursion.state == "damped":
+        choices["relaxation"] = float(recursion.relaxation)
+    for name, role in roles.items():
+        choices[f"tokens[{name!r}]"] = role.tokens
+        choices[f"outputs[{name!r}]"] = role.output
+        choices[f"norms[{name!r}]"] = float(role.norm)
+        choices[f"networks[{name!r}]"] = list(networks[name])
+    return choices
+
+
+def encode(choices: Choices) -> Tensor:
+    """Return the choices as the bytes of a JSON text, uint8: a tensor like the rest of the state.
+
+    >>> decode(encode({"state": "static"}))
+    {'state': 'static'}
+    """
+    return torch.tensor(list(json.dumps(choices).encode()), dtype=torch.uint8)
+
+
+def decode(saved: Tensor) -> Choices:
+    """Return the choices that `encode` wrote.
+
+    Raises:
+        HyperError: they are not readable.
+    """
+    try:
+        choices: object = json.loads(bytes(saved.tolist()))
+    except (ValueError, TypeError):
+        choices = None
+    if not isinstance(choices, dict):
+        raise HyperError(
+            "choices in the state dict is not readable, expected the bytes of a JSON text; load "
+            "what state_dict() returned."
+        )
+    return choices
+
+
+def check_saved(here: Choices, saved: Tensor | None) -> None:
+    """Compare the choices of a state dict with those of the object that is to load it.
+
+    None is left to `torch.nn.Module.load_state_dict`, which knows whether it may be missing; on the
+    meta device there is nothing to compare.
+
+    Raises:
+        HyperError: they differ; the first that does is named.
+    """
+    if saved is None or saved.is_meta:
+        return
+    there = decode(saved)
+    for name in dict.fromkeys([*here, *there]):
+        if here.get(name) != there.get(name):
+            raise HyperError(
+                f"the state dict was made with {name} {there.get(name)!r}, expected "
+                f"{here.get(name)!r}; make the GeneratedParameters as that run did."
+            )
+
+
+def _text(config: Any) -> str:
+    name = type(config).__name__
+    if not is_dataclass(config):
+        return name
+    sizes = [field.name for field in fields(config) if field.compare]
+    return f"{name}({', '.join(f'{size}={getattr(config, size)!r}' for size in sizes)})"
