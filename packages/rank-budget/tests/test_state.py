@@ -12,6 +12,7 @@ from rank_budget import (
     CubicBudget,
     FixedGrowth,
     FixedPruning,
+    Limits,
     NormShare,
     RankAllocator,
     SmoothedSensitivity,
@@ -89,6 +90,61 @@ def test_a_resumed_run_allocates_identically(direction, at):
     assert one.pop("matrices") == two.pop("matrices")
     assert one["score"].pop("of", None) == two["score"].pop("of", None)
     torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def fresh(seed, masked):
+    layers = layers_of(seed)
+    for layer in layers.values():
+        if masked:
+            layer.rank_mask = torch.ones(layer.lam.shape, dtype=torch.bool)
+    return layers
+
+
+ORDERS = ("build model state", "build state model", "model build state")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("direction", list(CASES))
+def test_model_and_state_may_be_loaded_in_any_order(direction, masked, order):
+    layers = fresh(0, masked)
+    whole = make(direction, layers)
+    run(whole, layers, range(5))
+    others = fresh(1, masked)
+    roles = ("p", "lam", "q", "rank_mask") if masked else ("p", "lam", "q")
+    saved = {(name, role): getattr(layers[name], role).clone() for name in "ab" for role in roles}
+    found = {}
+    for part in order.split():
+        if part == "build":
+            found["allocator"] = make(direction, others)
+        elif part == "state":
+            found["allocator"].load_state_dict(whole.state_dict())
+        else:
+            for (name, role), value in saved.items():
+                getattr(others[name], role).copy_(value)
+    for (name, role), value in saved.items():
+        assert torch.equal(getattr(others[name], role), value), (name, role)
+    again = run(found["allocator"], others, range(5, STEPS))
+    assert again == run(whole, layers, range(5, STEPS))
+    for name, layer in layers.items():
+        for role in roles:
+            assert torch.equal(getattr(others[name], role), getattr(layer, role)), (name, role)
+
+
+def test_groups_share_as_before_when_masks_are_loaded_first():
+    layers = fresh(0, masked=True)
+    options = {"score": "magnitude", "limits": Limits(groups=["a"])}
+    schedule = FixedPruning(7, 2, 1, 1)
+    whole = RankAllocator(layers, schedule, **options)
+    run(whole, layers, range(3))
+    others = {name: replace(layer, lam=layer.lam.clone()) for name, layer in layers.items()}
+    for layer in others.values():
+        layer.rank_mask = layer.rank_mask.clone()
+    again = RankAllocator(others, schedule, **options)
+    again.load_state_dict(whole.state_dict())
+    for _ in range(3):
+        assert again.step() == whole.step()
+        assert again.ranks() == whole.ranks()
 
 
 def test_the_state_is_what_changes_the_next_step():

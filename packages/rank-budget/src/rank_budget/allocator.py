@@ -22,7 +22,8 @@ from rank_budget.record import (
 from rank_budget.roster import roster_of_layers, roster_of_stacks
 from rank_budget.schedules import Schedule
 from rank_budget.scores import Score, ScoreMethod, score_named
-from rank_budget.selection import by_matrix, grow_to_budget, per_group, prune_to_budget
+from rank_budget.selection import by_matrix, grow_to_budget, prune_to_budget
+from rank_budget.start import start_of
 
 
 class RankAllocator:
@@ -34,9 +35,10 @@ class RankAllocator:
     the budget counts: "ranks", "parameters", "bytes", or a function of output and input width.
     ``limits``: floors, ceilings, groups. ``direction``: "prune", for good; "regrow", as AdaLoRA,
     where λ of what falls is put to zero, goes on learning, and all are chosen from anew until the
-    budget is final; "grow", from a small start. ``missing``: "refuse" matrices without a gradient,
-    or "skip" them: they keep their averages, and fall last. ``total_steps``: checks that the
-    schedule ends in time, and tells it where it is late to know.
+    budget is final; "grow", from a small start: what sleeps is masked, or its λ put to zero at the
+    first `score`. ``missing``: "refuse" matrices without a gradient, or "skip" them: they keep
+    their averages, and fall last. ``total_steps``: checks that the schedule ends in time, and tells
+    it where it is late to know.
 
     Each optimizer step: `score` reads values and gradients before the optimizer changes them, and
     `step` counts the step after it, and allocates if the schedule says so. Gradients are those of
@@ -107,32 +109,16 @@ class RankAllocator:
         self.steps = 0
         self.skipped = 0
         self.history: list[Allocation] = []
-        self._alive, start = self._start(schedule, direction)
-        self._plan = Plan(schedule, direction, start, roster.alive.device)
+        start = start_of(roster, self._layout, schedule, direction)
+        self._alive, self._resume = start.alive, start.resume
+        self._plan = Plan(schedule, direction, start.parts, roster.alive.device)
         self._budget = schedule.initial
         self._live: int | None = int(self._alive.sum())
         if total_steps is not None:
             self.set_total_steps(total_steps)
         self._plan.check_limits(roster, limits, costs)
-        self._apply(written=direction == "grow")
-
-    def _start(self, schedule: Schedule, direction: Direction) -> tuple[Tensor, list[int]]:
-        """Return what is alive at the start, and by what the groups share the budget."""
-        alive = self._roster.alive.clone()
-        parts: list[int] = per_group(self._layout.cost * alive, self._layout).tolist()
         if direction == "grow":
-            plan = Plan(schedule, direction, parts, alive.device)
-            shares = plan.shares(schedule.initial)
-            nothing = torch.zeros_like(alive)
-            scores = torch.zeros_like(self._importance)
-            return grow_to_budget(scores, nothing, self._layout, shares), parts
-        if schedule.initial != sum(parts):
-            unit = "components" if self._layout.even else "of their cost"
-            raise BudgetError(
-                f"the schedule starts with {schedule.initial} {unit}, but the masks have "
-                f"{sum(parts)}; build it with initial={sum(parts)}."
-            )
-        return alive, parts
+            self._roster.write(self._alive)
 
     def set_total_steps(self, total_steps: int) -> None:
         """Tell the schedule the length of the training, before the first step; see the class."""
@@ -168,6 +154,10 @@ class RankAllocator:
         Raises:
             BudgetError: a matrix has no gradient, and ``missing`` is "refuse".
         """
+        if self._resume is not None:
+            raise BudgetError(self._resume)
+        if self._plan.direction == "grow" and self.steps == 0:
+            self._roster.silence(self._alive)
         step = self.steps + 1
         self._scored, self._pending = True, None
         if self._scorer.every_step:
@@ -211,7 +201,12 @@ class RankAllocator:
         allocation = None
         if self._plan.due(self.steps, self._budget):
             allocation = self._allocate()
-        self._apply(written=allocation is not None)
+        if self._masks_apply():
+            if allocation is not None:
+                self._roster.write(self._alive)
+            self._roster.silence(self._alive)
+        elif allocation is not None:
+            self._roster.zero(self._alive)
         self._scored, self._pending = False, None
         return allocation
 
@@ -235,15 +230,9 @@ class RankAllocator:
         self.history.append(allocation)
         return allocation
 
-    def _apply(self, *, written: bool) -> None:
-        """Put the masks where layers read them, or λ to zero where they read none."""
-        roster, plan = self._roster, self._plan
-        if plan.direction == "regrow" and not plan.is_final(self.steps):
-            actions = roster.zeroers if written else ()
-        else:
-            actions = [*(roster.writers if written else ()), *roster.silencers]
-        for action in actions:
-            action(self._alive)
+    def _masks_apply(self) -> bool:
+        """Return whether what is dead is kept so between allocations; in regrowth it learns."""
+        return self._plan.direction != "regrow" or self._plan.is_final(self.steps)
 
     def ranks(self) -> dict[str, int]:
         """Return the live components of each matrix; the one read from the device."""
@@ -279,6 +268,8 @@ class RankAllocator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; masks are changed in place.
 
+        The model's own state may be loaded before or after; both before the first step.
+
         Raises:
             BudgetError: the state is of other matrices or another score.
         """
@@ -293,6 +284,8 @@ class RankAllocator:
         self._live = int(self._alive.sum())
         self.history = history_from(state["history"], self._alive.device)
         self._scored, self._pending = False, None
+        self._resume = None
         # In regrowth λ of what fell has learned on, and is the model's to restore.
-        if self._plan.direction != "regrow" or self.dead_stay_dead():
-            self._apply(written=True)
+        if self._masks_apply():
+            self._roster.write(self._alive)
+            self._roster.silence(self._alive)

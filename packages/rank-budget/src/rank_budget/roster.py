@@ -30,6 +30,21 @@ class Roster:
     silencers: Sequence[Callable[[Tensor], None]]
     zeroers: Sequence[Callable[[Tensor], None]]
 
+    def write(self, alive: Tensor) -> None:
+        """Put masks where layers read them."""
+        for write in self.writers:
+            write(alive)
+
+    def silence(self, alive: Tensor) -> None:
+        """Put λ of what is dead to zero where layers read no mask."""
+        for silence in self.silencers:
+            silence(alive)
+
+    def zero(self, alive: Tensor) -> None:
+        """Put λ of what is dead to zero everywhere."""
+        for zero in self.zeroers:
+            zero(alive)
+
     def by_matrix(self, flat: Tensor) -> dict[str, Tensor]:
         """Return what stands flat over all components as a view per matrix."""
         return dict(zip(self.ranks, torch.split(flat, list(self.ranks.values())), strict=True))
