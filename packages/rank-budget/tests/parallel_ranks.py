@@ -21,6 +21,7 @@ from rank_budget import (
     RankAllocator,
     SmoothedSensitivity,
     attach_,
+    compact_,
     ranked_layers,
 )
 
@@ -99,7 +100,18 @@ def sharded():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     parts = {name: list(p.to_local().shape) for name, p in model[0].named_parameters()}
-    return train(model, model), parts
+    return train(model, model), parts, sharded_compact(model)
+
+
+def sharded_compact(model):
+    """Factors that are sharded cannot be cut; nothing is changed."""
+    layers = ranked_layers(model)
+    before = list(model.parameters())
+    try:
+        compact_(layers, {name: torch.ones(5, dtype=torch.bool) for name in layers})
+    except ValueError as error:
+        return [str(error), list(map(id, before)) == list(map(id, model.parameters()))]
+    return []
 
 
 def not_finite():
@@ -151,7 +163,7 @@ def main(folder):
     dist.init_process_group("gloo")
     cases = (reference, ddp, sharded, not_finite, replicated, refusal)
     seen = {case.__name__: case() for case in cases}
-    seen["sharded"], seen["parts"] = seen["sharded"]
+    seen["sharded"], seen["parts"], seen["compact"] = seen["sharded"]
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 

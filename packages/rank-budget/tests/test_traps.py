@@ -193,6 +193,16 @@ def test_tensors_that_are_no_triplet(kit, shapes, text):
     assert found == (f"{text} (out, rank), (rank,) or (rank, 1), and (rank, in).")
 
 
+def test_scales_in_rows_and_columns_may_be_mixed(kit):
+    layers = {name: kit.triplet(2, 3, 4, mask=False, column=name == "b") for name in "abc"}
+    allocator = RankAllocator(layers, FixedPruning(6, 2, 2, 1))
+    for _ in range(2):
+        allocator.step()
+        for name, mask in allocator.masks().items():
+            assert torch.equal(layers[name].lam.reshape(-1) != 0, mask)
+    assert allocator.live_ranks == 2
+
+
 @pytest.mark.parametrize("mask", [torch.ones(2), torch.ones(3, dtype=torch.bool)])
 def test_masks_that_do_not_fit(kit, mask):
     layer = Triplet(torch.zeros(4, 2), torch.zeros(2), torch.zeros(2, 5), mask)

@@ -141,9 +141,9 @@ def roster_of_layers(
             alive[places[name]] = mask.to(device)
         lam = local_part(layer.lam)
         shard = shard_of(layer.lam, 0, name)
-        groups.setdefault((rank[name], lam.device, shard, mask is None), []).append(name)
+        groups.setdefault((lam.shape, lam.dtype, lam.device, shard, mask is None), []).append(name)
     writers, silencers, zeroers = [], [], []
-    for (_, _, _, maskless), names in groups.items():
+    for (*_, maskless), names in groups.items():
         index = torch.stack([places[name] for name in names])
         zeroer = _layer_zeroer([layers[name] for name in names], index)
         zeroers.append(zeroer)
@@ -164,15 +164,19 @@ def _layer_writer(layers: Sequence[RankedLayer], index: Tensor) -> Callable[[Ten
 
 
 def _layer_zeroer(layers: Sequence[RankedLayer], index: Tensor) -> Callable[[Tensor], None]:
-    lam = local_part(layers[0].lam)
+    lam = local_part(layers[0].lam).detach()
+    shape = lam.shape
     shard = shard_of(layers[0].lam, 0, "lam")
     first = shard.start if shard is not None else 0
     rows = index[:, first : first + lam.shape[0]]
 
     def zero(alive: Tensor) -> None:
         values = [local_part(layer.lam) for layer in layers]
-        keep = alive[rows].to(values[0].device, values[0].dtype)
-        torch._foreach_mul_(values, list(keep.view(len(layers), *values[0].shape).unbind()))
+        keep = alive[rows].to(lam.device, lam.dtype).view(len(layers), *shape).unbind()
+        # A layer that `compact_` has made smaller has nothing dead any more.
+        pairs = [pair for pair in zip(values, keep, strict=True) if pair[0].shape == shape]
+        if pairs:
+            torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
 
     return zero
 
