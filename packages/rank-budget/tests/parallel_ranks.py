@@ -146,6 +146,30 @@ def replicated():
     return train(model, model, average)
 
 
+def other_part():
+    """The state of one process is not that of another, though the parts have equal shapes."""
+    torch.manual_seed(1)
+    layer = SVD(True)
+    layer.p, layer.lam, layer.q = (
+        nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (4,), (4, 8))
+    )
+    layer.rank_mask = torch.ones(4, dtype=torch.bool)
+    model = nn.Sequential(layer)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    schedule = CubicBudget(4, 3, total_steps=STEPS)
+    one, two = (
+        RankAllocator(ranked_layers(model), schedule, score=SmoothedSensitivity()) for _ in "12"
+    )
+    states = [None] * dist.get_world_size()
+    dist.all_gather_object(states, one.state_dict())
+    two.load_state_dict(states[dist.get_rank()])
+    try:
+        two.load_state_dict(states[1 - dist.get_rank()])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def refusal():
     """NormShare needs whole factors."""
     model = build()
@@ -161,7 +185,7 @@ def refusal():
 def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    cases = (reference, ddp, sharded, not_finite, replicated, refusal)
+    cases = (reference, ddp, sharded, not_finite, replicated, refusal, other_part)
     seen = {case.__name__: case() for case in cases}
     seen["sharded"], seen["parts"], seen["compact"] = seen["sharded"]
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(seen))

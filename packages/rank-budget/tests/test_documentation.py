@@ -23,7 +23,7 @@ WITHOUT_EXAMPLE = {
 REFUSING = {
     *("CubicBudget", "FixedGrowth", "FixedPruning", "OneShot"),
     *("Limits", "NormShare", "RankAllocator", "SmoothedSensitivity"),
-    *("compact_", "ranked_layers", "watch_"),
+    *("attach_", "compact_", "ranked_layers", "watch_"),
     *("importance_histogram", "rank_heatmap", "rank_timeline", "schedule_plot"),
 }
 

@@ -1,5 +1,6 @@
 """A resumed allocator goes on as the uninterrupted one; a state of another is refused."""
 
+import copy
 import io
 from dataclasses import replace
 
@@ -86,6 +87,7 @@ def test_a_resumed_run_allocates_identically(direction, at):
 
     assert found == expected
     assert second.history == whole.history
+    torch.testing.assert_close(second.importance(), whole.importance(), rtol=0, atol=0)
     one, two = second.state_dict(), whole.state_dict()
     assert one.pop("matrices") == two.pop("matrices")
     assert one["score"].pop("of", None) == two["score"].pop("of", None)
@@ -159,6 +161,7 @@ def test_the_state_is_what_changes_the_next_step():
         "matrices": list,
         "alive": torch.Tensor,
         "changed": torch.Tensor,
+        "importance": torch.Tensor,
         "score": dict,
         "history": dict,
     }
@@ -170,6 +173,40 @@ def test_the_state_is_what_changes_the_next_step():
         for done in allocator.history
     ]
     assert state["score"].keys() == {"of", "sensitivity", "uncertainty"}
+
+
+def test_skips_are_kept_and_what_was_read_is_forgotten():
+    layers = layers_of()
+    one = make("prune", layers)
+    run(one, layers, range(2))
+    one.skip()
+    others = copy.deepcopy(layers)
+    two = make("prune", others)
+    two.score()
+    two.load_state_dict(one.state_dict())
+    assert (two.steps, two.skipped) == (2, 1)
+    for layer in (*layers.values(), *others.values()):
+        for factor in (layer.p, layer.lam, layer.q):
+            factor.grad *= 2
+    one.step()
+    two.step()  # reads anew, though it had read before loading
+    torch.testing.assert_close(two.importance(), one.importance(), rtol=0, atol=0)
+    averages = ("sensitivity", "uncertainty")
+    for name in averages:
+        pair = (allocator.state_dict()["score"][name] for allocator in (one, two))
+        torch.testing.assert_close(*pair, rtol=0, atol=0)
+
+
+def test_the_step_of_the_last_pruning_still_moves_the_averages():
+    layers = layers_of()
+    allocator = make("prune", layers)
+    moved = []
+    for step in range(STEPS):
+        before = [part.clone() for part in allocator.state_dict()["score"]["sensitivity"]]
+        run(allocator, layers, [step])
+        after = allocator.state_dict()["score"]["sensitivity"]
+        moved.append(any(not torch.equal(*pair) for pair in zip(before, after, strict=True)))
+    assert moved == [step <= PRUNING.end for step in range(1, STEPS + 1)]
 
 
 def test_a_loaded_state_is_a_copy():
@@ -200,7 +237,7 @@ def test_a_state_of_other_matrices_is_refused_and_changes_nothing(kit):
     )
     state = make("prune", layers_of()).state_dict()
     state["score"]["of"][0][2] = [1, 9]
-    assert "has (role, names, shape) ['lam', ['b'], [1, 9]]" in kit.error_text(
+    assert "has (role, names, shape, start) ['lam', ['b'], [1, 9], 0]" in kit.error_text(
         allocator.load_state_dict, state
     )
     state = make("prune", layers_of()).state_dict()

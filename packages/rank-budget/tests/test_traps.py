@@ -1,5 +1,7 @@
 """What goes wrong in use, each by name."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from rank_budget import (
     ConstantBudget,
     CubicBudget,
     FixedPruning,
+    NormShare,
     RankAllocator,
     SmoothedSensitivity,
     Triplet,
@@ -57,6 +60,35 @@ def test_a_module_without_a_gradient_keeps_its_ranks_and_averages_if_skipped(kit
         assert not torch.equal(new[~same], old[~same])
     allocator.step()  # the budget is met, whatever is missing
     assert allocator.live_ranks == sum(allocator.ranks().values()) == 3
+
+
+@pytest.mark.parametrize("score", [SmoothedSensitivity(), NormShare()])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_step_that_is_not_finite_leaves_the_averages_without_a_read(kit, score, number):
+    layers, allocator = build(kit, score=score, schedule=FixedPruning(9, 3, 1, 100))
+    allocator.score()
+    allocator.step()
+    saved = copy.deepcopy(averages_of(allocator))
+    damaged = layers["b"].q.grad if isinstance(score, SmoothedSensitivity) else layers["b"].q.data
+    before = damaged[0, 0].item()
+    damaged[0, 0] = number
+    allocator.score()
+    with kit.Counted() as mode:
+        allocator.step()
+    assert "_local_scalar_dense" not in mode.operations
+    torch.testing.assert_close(averages_of(allocator), saved, rtol=0, atol=0)
+    damaged[0, 0] = before
+    for layer in layers.values():
+        layer.lam.data[0] *= 2
+    allocator.score()
+    allocator.step()
+    changed = zip(averages_of(allocator), saved, strict=True)
+    assert all(not torch.equal(new, old) and new.isfinite().all() for new, old in changed)
+
+
+def averages_of(allocator):
+    state = allocator.state_dict()["score"]
+    return [tensor for name, part in state.items() if name != "of" for tensor in part]
 
 
 def test_missing_is_checked(kit):

@@ -51,7 +51,8 @@ class RankAllocator:
     hide the fault. The number of tensor operations depends on the number of different shapes, not
     of matrices.
 
-    Saved: steps, masks, averages, history.
+    Saved: steps, masks, averages, the scores of the last allocation, history; where factors are
+    sharded, each process saves and loads its own.
     Paper: section 3.2 and Appendix D; AdaLoRA (arXiv 2303.10512), Algorithm 1.
 
     Raises:
@@ -108,6 +109,7 @@ class RankAllocator:
         self._all = torch.ones_like(roster.alive)
         self.steps = 0
         self.skipped = 0
+        self.attached = False
         self.history: list[Allocation] = []
         start = start_of(roster, self._layout, schedule, direction)
         self._alive, self._resume = start.alive, start.resume
@@ -146,13 +148,15 @@ class RankAllocator:
         return self._plan.direction == "prune" or self._plan.is_final(self.steps)
 
     @torch.no_grad()
-    def score(self) -> None:
+    def score(self, *, grad_scale: Tensor | None = None) -> None:
         """Read this step's values and gradients, if the score or an allocation needs them.
 
         What was read counts when `step` is called; a step that is not taken leaves no trace.
+        ``grad_scale``: a number on the device by which the gradients are still multiplied.
 
         Raises:
-            BudgetError: a matrix has no gradient, and ``missing`` is "refuse".
+            BudgetError: a matrix has no gradient, and ``missing`` is "refuse"; or masks of a run
+                that goes on, of which no state was loaded.
         """
         if self._resume is not None:
             raise BudgetError(self._resume)
@@ -166,7 +170,7 @@ class RankAllocator:
             needed = self._plan.due(step, self._budget)
         if not needed:
             return
-        missing = self._scorer.read()
+        missing = self._scorer.read(grad_scale)
         if missing and self._missing == "refuse":
             raise BudgetError(
                 f"{len(missing)} matrices, such as {min(missing)}, have no gradient at step "
@@ -189,8 +193,14 @@ class RankAllocator:
         """Count an optimizer step; allocate if the schedule says so, and return what was done.
 
         Without `score` before it, it scores what is there, and skips a step that is not finite.
+        After `score`, which read no flag, such a step counts, but leaves the averages untouched.
         """
         if not self._scored:
+            if self.attached:
+                raise BudgetError(
+                    "the allocator is attached to an optimizer, which steps it; leave out this "
+                    "call, or remove the Attachment."
+                )
             self.score()
             if not self.is_finite():
                 self.skip()
@@ -218,17 +228,22 @@ class RankAllocator:
             self._alive = grow_to_budget(scores, before, layout, shares)
         else:
             pool = self._all if self._plan.direction == "regrow" else before
-            spared = self._roster.components_of(self._pending) if self._pending else None
+            spared = self._components_of(self._pending) if self._pending else None
             self._alive = prune_to_budget(scores, pool, layout, shares, spared)
         changes = before ^ self._alive
         self._importance = scores
         self._changed.masked_fill_(changes, self.steps)
-        stats = stats_of(scores, before, changes, self._lowest)
+        fell = changes if self._plan.direction == "prune" else changes & before
+        stats = stats_of(scores, changes, fell, self._alive, self._lowest)
         allocation = Allocation(self.steps, budget, stats)
         self._budget = budget
         self._live = budget if layout.even else None
         self.history.append(allocation)
         return allocation
+
+    def _components_of(self, names: set[str]) -> Tensor:
+        chosen = torch.tensor([name in names for name in self._roster.ranks])
+        return chosen.to(self._alive.device)[self._layout.matrix]
 
     def _masks_apply(self) -> bool:
         """Return whether what is dead is kept so between allocations; in regrowth it learns."""
@@ -260,6 +275,7 @@ class RankAllocator:
             "matrices": [[name, rank] for name, rank in self._roster.ranks.items()],
             "alive": self._alive,
             "changed": self._changed,
+            "importance": self._importance,
             "score": self._scorer.state_dict(),
             "history": history_state(self.history),
         }
@@ -279,6 +295,7 @@ class RankAllocator:
         self._scorer.load_state_dict(state["score"])
         self._alive = state["alive"].to(self._alive.device).clone()
         self._changed = state["changed"].to(self._alive.device).clone()
+        self._importance = state["importance"].to(self._alive.device).clone()
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
         self._budget = int(state["budget"])
         self._live = int(self._alive.sum())

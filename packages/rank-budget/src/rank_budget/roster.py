@@ -1,6 +1,6 @@
 """The matrices of an allocator in their one order: names, ranks, widths, and where masks go."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +48,6 @@ class Roster:
     def by_matrix(self, flat: Tensor) -> dict[str, Tensor]:
         """Return what stands flat over all components as a view per matrix."""
         return dict(zip(self.ranks, torch.split(flat, list(self.ranks.values())), strict=True))
-
-    def components_of(self, names: Collection[str]) -> Tensor:
-        """Return which components belong to the named matrices, bool, (components,)."""
-        chosen = torch.zeros_like(self.alive)
-        for name, part in self.by_matrix(chosen).items():
-            part.fill_(name in names)
-        return chosen
 
 
 def roster_of_stacks(
