@@ -24,7 +24,7 @@ REFUSING = {
     *("CubicBudget", "FixedGrowth", "FixedPruning", "OneShot"),
     *("Limits", "NormShare", "RankAllocator", "SmoothedSensitivity"),
     *("attach_", "compact_", "ranked_layers", "watch_"),
-    *("importance_histogram", "rank_heatmap", "rank_timeline", "schedule_plot"),
+    *("importance_histogram", "rank_heatmap", "rank_timeline", "schedule_plot", "schedule_table"),
 }
 
 

@@ -248,6 +248,21 @@ def test_no_layers(kit):
     assert text == "there are no layers; put the adapters on the model first."
 
 
+def test_what_is_neither_layers_nor_stacks(kit):
+    schedule = ConstantBudget(2)
+    assert kit.error_text(RankAllocator, torch.nn.Linear(2, 2), schedule) == (
+        "layers is a Linear, expected layers by name, such as ranked_layers(model) returns, or a "
+        "list of RankedMatrices."
+    )
+    assert kit.error_text(RankAllocator, [kit.triplet(2, 3, 4)], schedule) == (
+        "a stack is a Triplet, expected RankedMatrices and RankedFactors; give layers with three "
+        "tensors by name, in a dict."
+    )
+    assert kit.error_text(RankAllocator, {"a": kit.triplet(2, 3, 4)}, schedule, score=5) == (
+        "score is 5, expected sensitivity, magnitude, a function or an object."
+    )
+
+
 def test_factors_that_change_their_shape(kit):
     layers, allocator = build(kit)
     layers["b"].lam = torch.zeros(2)

@@ -19,10 +19,10 @@ from rank_budget.record import (
     history_state,
     stats_of,
 )
-from rank_budget.roster import roster_of_layers, roster_of_stacks
+from rank_budget.roster import roster_of
 from rank_budget.schedules import Schedule
 from rank_budget.scores import Score, ScoreMethod, score_named
-from rank_budget.selection import by_matrix, grow_to_budget, prune_to_budget
+from rank_budget.selection import by_matrix
 from rank_budget.start import start_of
 
 
@@ -89,10 +89,7 @@ class RankAllocator:
         if missing not in ("refuse", "skip"):
             raise BudgetError(f"missing is {missing!r}, expected refuse or skip.")
         method, limits = score_named(score), limits or Limits()
-        if isinstance(layers, Mapping):
-            roster = roster_of_layers(layers, method.roles, limits)
-        else:
-            roster = roster_of_stacks(layers, factors, method.roles, limits)
+        roster = roster_of(layers, factors, method.roles, limits)
         limits.check(list(roster.ranks))
         costs = costs_of(roster, cost_named(cost))
         self._roster = roster
@@ -106,7 +103,6 @@ class RankAllocator:
         self._importance = torch.zeros_like(roster.alive, dtype=torch.float32)
         self._lowest = torch.full_like(self._importance[:1], -torch.inf)
         self._changed = torch.zeros_like(self._layout.matrix)
-        self._all = torch.ones_like(roster.alive)
         self.steps = 0
         self.skipped = 0
         self.attached = False
@@ -222,14 +218,9 @@ class RankAllocator:
 
     def _allocate(self) -> Allocation:
         budget = self._plan.schedule.live_ranks(self.steps)
-        scores, before, layout = self._scorer.scores(), self._alive, self._layout
-        shares = self._plan.shares(budget)
-        if self._plan.direction == "grow":
-            self._alive = grow_to_budget(scores, before, layout, shares)
-        else:
-            pool = self._all if self._plan.direction == "regrow" else before
-            spared = self._components_of(self._pending) if self._pending else None
-            self._alive = prune_to_budget(scores, pool, layout, shares, spared)
+        scores, before = self._scorer.scores(), self._alive
+        spared = self._roster.components_of(self._pending) if self._pending else None
+        self._alive = self._plan.choose(scores, before, self._layout, budget, spared)
         changes = before ^ self._alive
         self._importance = scores
         self._changed.masked_fill_(changes, self.steps)
@@ -237,13 +228,9 @@ class RankAllocator:
         stats = stats_of(scores, changes, fell, self._alive, self._lowest)
         allocation = Allocation(self.steps, budget, stats)
         self._budget = budget
-        self._live = budget if layout.even else None
+        self._live = budget if self._layout.even else None
         self.history.append(allocation)
         return allocation
-
-    def _components_of(self, names: set[str]) -> Tensor:
-        chosen = torch.tensor([name in names for name in self._roster.ranks])
-        return chosen.to(self._alive.device)[self._layout.matrix]
 
     def _masks_apply(self) -> bool:
         """Return whether what is dead is kept so between allocations; in regrowth it learns."""

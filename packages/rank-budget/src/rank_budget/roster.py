@@ -1,6 +1,6 @@
 """The matrices of an allocator in their one order: names, ranks, widths, and where masks go."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,39 @@ class Roster:
     def by_matrix(self, flat: Tensor) -> dict[str, Tensor]:
         """Return what stands flat over all components as a view per matrix."""
         return dict(zip(self.ranks, torch.split(flat, list(self.ranks.values())), strict=True))
+
+    def components_of(self, names: Collection[str]) -> Tensor:
+        """Return which components belong to the named matrices, bool, (components,)."""
+        chosen = torch.tensor([name in names for name in self.ranks])
+        counts = torch.tensor(list(self.ranks.values()))
+        return chosen.repeat_interleave(counts).to(self.alive.device)
+
+
+def roster_of(
+    layers: Mapping[str, RankedLayer] | Sequence[RankedMatrices],
+    factors: Sequence[RankedFactors],
+    roles: Sequence[str],
+    limits: Limits,
+) -> Roster:
+    """Return the roster of layers by name, or of live stacks.
+
+    Raises:
+        BudgetError: it is neither, or they do not fit.
+    """
+    if isinstance(layers, Mapping):
+        return roster_of_layers(layers, roles, limits)
+    if not isinstance(layers, Sequence):
+        raise BudgetError(
+            f"layers is a {type(layers).__name__}, expected layers by name, such as "
+            "ranked_layers(model) returns, or a list of RankedMatrices."
+        )
+    for stack in (*layers, *factors):
+        if not isinstance(stack, RankedMatrices | RankedFactors):
+            raise BudgetError(
+                f"a stack is a {type(stack).__name__}, expected RankedMatrices and RankedFactors; "
+                "give layers with three tensors by name, in a dict."
+            )
+    return roster_of_stacks(layers, factors, roles, limits)
 
 
 def roster_of_stacks(

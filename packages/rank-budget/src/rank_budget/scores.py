@@ -158,4 +158,10 @@ def score_named(score: "str | Score | ScoreMethod") -> ScoreMethod:
                 f"score is {score!r}, expected {' or '.join(SCORES)}, or a function or object."
             )
         return Momentary(SCORES[score])
-    return score if isinstance(score, ScoreMethod) else Momentary(score)
+    if isinstance(score, ScoreMethod):
+        return score
+    if not callable(score):
+        raise BudgetError(
+            f"score is {score!r}, expected {', '.join(SCORES)}, a function or an object."
+        )
+    return Momentary(score)
