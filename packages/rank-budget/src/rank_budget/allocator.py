@@ -6,11 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rank_budget.arrange import Limits, layout_of
+from rank_budget.budget_plan import Direction, Plan, costs_of
 from rank_budget.costs import Cost, cost_named
 from rank_budget.errors import BudgetError
 from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices
-from rank_budget.plan import Direction, Plan, costs_of
+from rank_budget.layout import Limits, layout_of
 from rank_budget.record import (
     Allocation,
     check_alive,

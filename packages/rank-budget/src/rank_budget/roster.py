@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rank_budget.arrange import Limits, order_of
 from rank_budget.errors import BudgetError
 from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices, check_layer
+from rank_budget.layout import Limits, order_of
 from rank_budget.shards import local_part, shard_of
 from rank_budget.stacks import Block, blocks_of_layers, blocks_of_stacks
 

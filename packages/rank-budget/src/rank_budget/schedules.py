@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rank_budget.errors import require, require_whole
-from rank_budget.phases import Phased, first_multiple
+from rank_budget.schedule_phases import Phased, first_multiple
 
 
 class Schedule(Protocol):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rank_budget.budget_plan import Direction, Plan
 from rank_budget.errors import BudgetError
-from rank_budget.plan import Direction, Plan
 from rank_budget.roster import Roster
 from rank_budget.schedules import Schedule
 from rank_budget.selection import Layout, grow_to_budget, per_group

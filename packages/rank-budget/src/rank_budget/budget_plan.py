@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rank_budget.arrange import Limits, shares
 from rank_budget.costs import Cost, ranks
 from rank_budget.errors import BudgetError
+from rank_budget.layout import Limits, shares
 from rank_budget.roster import Roster
 from rank_budget.schedules import Schedule
 from rank_budget.selection import Layout, grow_to_budget, prune_to_budget
