@@ -292,7 +292,15 @@ def test_the_readmes_five_lines_attach_to_pefts_model(capsys):
     loader = [{"input_ids": tokens, "labels": tokens}] * 20
     names = {"model": model, "optimizer": optimizer, "loader": loader}
     exec(compile(code, str(README), "exec"), names)
-    allocator = names["allocator"]
+    allocator, layers = names["allocator"], names["layers"]
     assert allocator.steps == 20
     assert allocator.live_ranks == FINAL * MATRICES == sum(map(sum, masks_of(model).values()))
+    compact_(layers, allocator.masks(), optimizer)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    before = {name: layer.lam.detach().clone() for name, layer in layers.items()}
+    optimizer.step()
+    assert allocator.steps == 21
+    for name, layer in layers.items():
+        assert layer.lam.shape[0] == allocator.ranks()[name]
+        assert (layer.lam != before[name]).all()
     capsys.readouterr()

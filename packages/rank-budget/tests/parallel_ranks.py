@@ -21,6 +21,7 @@ from rank_budget import (
     RankAllocator,
     SmoothedSensitivity,
     attach_,
+    compact_,
     ranked_layers,
 )
 
@@ -99,7 +100,18 @@ def sharded():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     parts = {name: list(p.to_local().shape) for name, p in model[0].named_parameters()}
-    return train(model, model), parts
+    return train(model, model), parts, sharded_compact(model)
+
+
+def sharded_compact(model):
+    """Factors that are sharded cannot be cut; nothing is changed."""
+    layers = ranked_layers(model)
+    before = list(model.parameters())
+    try:
+        compact_(layers, {name: torch.ones(5, dtype=torch.bool) for name in layers})
+    except ValueError as error:
+        return [str(error), list(map(id, before)) == list(map(id, model.parameters()))]
+    return []
 
 
 def not_finite():
@@ -134,6 +146,30 @@ def replicated():
     return train(model, model, average)
 
 
+def other_part():
+    """The state of one process is not that of another, though the parts have equal shapes."""
+    torch.manual_seed(1)
+    layer = SVD(True)
+    layer.p, layer.lam, layer.q = (
+        nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (4,), (4, 8))
+    )
+    layer.rank_mask = torch.ones(4, dtype=torch.bool)
+    model = nn.Sequential(layer)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    schedule = CubicBudget(4, 3, total_steps=STEPS)
+    one, two = (
+        RankAllocator(ranked_layers(model), schedule, score=SmoothedSensitivity()) for _ in "12"
+    )
+    states = [None] * dist.get_world_size()
+    dist.all_gather_object(states, one.state_dict())
+    two.load_state_dict(states[dist.get_rank()])
+    try:
+        two.load_state_dict(states[1 - dist.get_rank()])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def refusal():
     """NormShare needs whole factors."""
     model = build()
@@ -149,9 +185,9 @@ def refusal():
 def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    cases = (reference, ddp, sharded, not_finite, replicated, refusal)
+    cases = (reference, ddp, sharded, not_finite, replicated, refusal, other_part)
     seen = {case.__name__: case() for case in cases}
-    seen["sharded"], seen["parts"] = seen["sharded"]
+    seen["sharded"], seen["parts"], seen["compact"] = seen["sharded"]
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 

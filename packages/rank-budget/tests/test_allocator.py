@@ -178,8 +178,14 @@ def test_unknown_score(kit):
 
 def test_schedule_of_another_number_of_components(kit):
     matrices = [kit.group(["a"], masks=[[True, False, True]])]
-    assert kit.error_text(RankAllocator, matrices, ConstantBudget(3)) == (
-        "the schedule starts with 3 components, but the masks have 2; build it with initial=2."
+    assert kit.error_text(RankAllocator, matrices, ConstantBudget(4)) == (
+        "the schedule starts with 4 components, but the masks have 2; build it with initial=2, or, "
+        "to go on with a run, build the allocator before the masks are loaded."
+    )
+    resumed = RankAllocator(matrices, ConstantBudget(3))
+    assert kit.error_text(resumed.step) == (
+        "the schedule starts with 3 components, but the masks have 2; build it with initial=2, or, "
+        "to go on with a run, load its state first."
     )
     allocator = RankAllocator(matrices, ConstantBudget(2))
     assert (allocator.live_ranks, allocator.total_ranks) == (2, 3)

@@ -10,6 +10,7 @@ from rank_budget import (
     BudgetError,
     ConstantBudget,
     CubicBudget,
+    FixedPruning,
     RankAllocator,
     SmoothedSensitivity,
     attach_,
@@ -80,6 +81,70 @@ def test_a_step_that_the_scaler_leaves_out_is_not_seen(kit):
         scaler.step(optimizer)
         scaler.update()
     assert (allocator.steps, allocator.skipped) == (2, 0)
+
+
+def fused_adam(factors, lr):
+    return torch.optim.Adam(factors, lr=lr, fused=True)
+
+
+@pytest.mark.parametrize("score", [SmoothedSensitivity(), "sensitivity"])
+def test_a_step_that_a_fused_optimizer_leaves_out_is_skipped(kit, score):
+    layers = {"a": kit.triplet(4, 5, 6, mask=False)}
+    allocator = RankAllocator(layers, FixedPruning(4, 2, 1, 2), score=score)
+    optimizer = fused_adam(parameters(layers), lr=0.1)
+    attach_(allocator, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    counts = []
+    for bad in (True, False, False):
+        optimizer.zero_grad()
+        loss = loss_of(layers, torch.ones(3, 6, dtype=torch.float64)) * (math.inf if bad else 1)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        counts.append((allocator.steps, allocator.skipped, allocator.live_ranks))
+    assert counts == [(0, 1, 4), (1, 1, 4), (2, 1, 3)]
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("score", [SmoothedSensitivity(), "sensitivity"])
+def test_a_fused_optimizer_scores_unscaled_gradients(kit, score, unscaled):
+    found = []
+    for scale in (1.0, 2.0**10):
+        torch.manual_seed(3)
+        layers = {"a": kit.triplet(4, 5, 6, mask=False)}
+        allocator = RankAllocator(layers, FixedPruning(4, 2, 1, 1), score=score)
+        optimizer = fused_adam(parameters(layers), lr=0.1)
+        attach_(allocator, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+        optimizer.zero_grad()
+        scaler.scale(loss_of(layers, torch.ones(3, 6, dtype=torch.float64))).backward()
+        if unscaled:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        averages = allocator.state_dict()["score"].get("sensitivity", [])
+        found.append((averages, allocator.importance()))
+    assert found[0][1]["a"].max() > 0
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_an_attached_allocator_is_stepped_by_nothing_else(kit):
+    _, allocator, optimizer = build(kit)
+    attached = attach_(allocator, optimizer)
+    optimizer.step()
+    assert kit.error_text(allocator.step) == (
+        "the allocator is attached to an optimizer, which steps it; leave out this call, or remove "
+        "the Attachment."
+    )
+    assert kit.error_text(attach_, allocator, optimizer) == (
+        "the allocator is attached to an optimizer already; remove that Attachment first."
+    )
+    assert allocator.steps == 1
+    attached.remove()
+    allocator.step()
+    assert allocator.steps == 2
+    attach_(allocator, optimizer)
+    optimizer.step()
+    assert allocator.steps == 3
 
 
 def test_scores_are_of_unscaled_gradients(kit):

@@ -11,6 +11,8 @@ from rank_budget import (
     FixedGrowth,
     FixedPruning,
     RankAllocator,
+    SmoothedSensitivity,
+    attach_,
     compact_,
     droppable,
     ranked_layers,
@@ -105,6 +107,58 @@ def test_a_layer_without_a_mask(kit):
     masks = allocator.masks()
     del masks["1"]
     assert kit.error_text(compact_, layers, masks) == "1 has no mask; give one for each layer."
+
+
+def test_masks_of_another_length_change_nothing(kit):
+    model, optimizer, layers, allocator = pruned_model(OPTIMIZERS[0])
+    before = list(model.parameters())
+    for mask, text in (
+        (torch.ones(2, dtype=torch.bool), "torch.bool (2,)"),
+        (torch.ones(5, dtype=torch.bool), "torch.bool (5,)"),
+        (torch.ones(3), "torch.float32 (3,)"),
+    ):
+        masks = allocator.masks() | {"1": mask}
+        assert kit.error_text(compact_, layers, masks, optimizer) == (
+            f"the mask of 1 is {text}, expected torch.bool (3,); give what the allocator's masks() "
+            "returned before the first compact_."
+        )
+    assert list(map(id, before)) == list(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_an_attached_allocator_lets_compacted_layers_train_on(kit, column):
+    layers = {name: kit.triplet(3, 4, 5, mask=False, column=column) for name in "abc"}
+    factors = [factor for layer in layers.values() for factor in (layer.p, layer.lam, layer.q)]
+    optimizer = torch.optim.Adam(factors, lr=0.1)
+    schedule = CubicBudget(9, 4, 3, cooldown=1)
+    allocator = RankAllocator(layers, schedule, score=SmoothedSensitivity())
+    attach_(allocator, optimizer)
+    for _ in range(2):
+        optimizer.step()
+    kept = {name: layers[name] for name in "ab"}
+    compact_(kept, allocator.masks(), optimizer)
+    before = {}
+    for name, layer in layers.items():
+        layer.lam.grad = torch.ones_like(layer.lam)
+        before[name] = layer.lam.detach().clone()
+    optimizer.step()
+    assert allocator.steps == 3
+    for name, layer in layers.items():
+        live = allocator.masks()[name]
+        alive = torch.ones(layer.lam.shape[0], dtype=torch.bool) if name in kept else live
+        assert (layer.lam[alive] != before[name][alive]).all()
+        assert not layer.lam[~alive].any()
+
+
+def test_layers_compacted_while_an_allocator_still_prunes_are_refused(kit):
+    layers = {name: kit.triplet(3, 4, 5, mask=False) for name in "ab"}
+    optimizer = torch.optim.SGD([layer.lam for layer in layers.values()])
+    allocator = RankAllocator(layers, FixedPruning(6, 1, 3, 1))
+    attach_(allocator, optimizer)
+    optimizer.step()
+    compact_(layers, allocator.masks(), optimizer)
+    text = kit.error_text(optimizer.step)
+    assert "when the allocator was made; make a new one." in text
 
 
 def test_an_allocator_of_the_larger_factors_is_done(kit):

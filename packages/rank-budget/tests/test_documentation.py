@@ -23,8 +23,8 @@ WITHOUT_EXAMPLE = {
 REFUSING = {
     *("CubicBudget", "FixedGrowth", "FixedPruning", "OneShot"),
     *("Limits", "NormShare", "RankAllocator", "SmoothedSensitivity"),
-    *("compact_", "ranked_layers", "watch_"),
-    *("importance_histogram", "rank_heatmap", "rank_timeline", "schedule_plot"),
+    *("attach_", "compact_", "ranked_layers", "watch_"),
+    *("importance_histogram", "rank_heatmap", "rank_timeline", "schedule_plot", "schedule_table"),
 }
 
 

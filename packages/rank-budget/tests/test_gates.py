@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from rank_budget import expected_l0, l0_gate, proximal_gate_
+from rank_budget import OneShot, RankAllocator, Triplet, expected_l0, l0_gate, proximal_gate_
 
 
 def sigmoid(x):
@@ -42,6 +42,21 @@ def test_the_gate_is_its_formula_with_and_without_noise():
             expected = min(1.0, max(0.0, sigmoid(s) * (1.1 - -0.1) + -0.1))
             assert abs(found[i].item() - expected) < 1e-12
     assert torch.autograd.gradcheck(lambda a: l0_gate(a, noise), log_alpha)
+
+
+def test_a_pruned_gate_is_closed_by_its_mask():
+    log_alpha = torch.nn.Parameter(torch.tensor([3.0, -3.0, 2.0, -1.0]))
+    before = log_alpha.tolist()
+    log_alpha.grad = torch.zeros(4)
+    layer = Triplet(torch.randn(4, 4), log_alpha, torch.randn(4, 4), torch.ones(4).bool())
+    allocator = RankAllocator(
+        {"w": layer}, OneShot(4, 2, at=1), score=lambda log_alpha, _: expected_l0(log_alpha)
+    )
+    allocator.step()
+    assert log_alpha.tolist() == before
+    gates = (l0_gate(log_alpha) * layer.rank_mask).tolist()
+    assert gates == [l0_gate(log_alpha)[0].item(), 0, l0_gate(log_alpha)[2].item(), 0]
+    assert min(gates[0], gates[2]) > 0.5
 
 
 def test_the_expected_l0_is_how_often_a_gate_is_not_zero():

@@ -22,6 +22,7 @@ def ranks(tmp_path_factory):
         capture_output=True,
         text=True,
         check=False,
+        timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert finished.returncode == 0, finished.stderr
@@ -69,3 +70,17 @@ def test_norm_share_refuses_sharded_factors(ranks):
         "NormShare needs whole factors, but these are sharded; leave the factors out of the "
         "sharding (ignored_params), or use SmoothedSensitivity."
     ] * 2
+
+
+def test_sharded_factors_are_not_compacted(ranks):
+    text = "p of 0 is sharded, expected a whole tensor; gather the factors before compact_."
+    assert [seen["compact"] for seen in ranks] == [[text, True]] * 2
+
+
+def test_the_state_of_another_process_is_refused(ranks):
+    for rank, seen in enumerate(ranks):
+        here, there = (["lam", ["0"], [1, 2], 2 * place] for place in (rank, 1 - rank))
+        assert seen["other_part"] == (
+            f"the saved state has (role, names, shape, start) {there}, but here is {here}; load it "
+            "into the model that it was saved from."
+        )

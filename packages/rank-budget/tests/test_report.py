@@ -9,6 +9,7 @@ import torch
 from rank_budget import (
     ConstantBudget,
     CubicBudget,
+    FixedGrowth,
     FixedPruning,
     RankAllocator,
     importance_histogram,
@@ -118,6 +119,24 @@ def pruned(kit):
         allocator.step()
         live.append(sum(allocator.ranks().values()))
     return allocator, live
+
+
+def test_timeline_by_module_is_refused_where_components_woke_up(kit):
+    layers = {f"layers.{i}.q": kit.triplet(4, 5, 6) for i in range(2)}
+    allocator = RankAllocator(layers, FixedGrowth(2, 6, 2, 1), direction="grow")
+    for _ in range(2):
+        allocator.step()
+    assert kit.error_text(rank_timeline, allocator.history, 2, allocator.changed()) == (
+        "changed says only when a component last fell or woke up, but in this history some woke "
+        "up; leave changed out, for the line of all modules."
+    )
+    line = rank_timeline(allocator.history, 2).axes[0].lines[0]
+    assert line.get_xydata().tolist() == [[0, 2], [1, 4], [2, 6]]
+
+
+def test_a_table_of_one_row_is_refused(kit):
+    text = kit.error_text(schedule_table, FixedPruning(8, 4, 2, 2), 10, rows=1)
+    assert text == "rows is 1, but must be at least 2, for the start and the end."
 
 
 def test_timeline_has_the_ranks_after_every_allocation(kit):

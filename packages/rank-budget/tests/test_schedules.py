@@ -231,3 +231,40 @@ def test_numbers_per_matrix_become_numbers_of_all():
 @pytest.mark.parametrize("schedule", [CubicBudget(5, 5, 10), FixedPruning(5, 2, 0, 1)])
 def test_nothing_to_prune_is_no_error(schedule):
     assert [schedule.live_ranks(t) for t in range(12)] == [5] * 12
+
+
+@pytest.mark.parametrize(
+    ("schedule", "end"),
+    [
+        (FixedGrowth(2, 4, count=1, interval=10, warmup=3), 20),
+        (FixedPruning(4, 2, count=1, interval=10), 20),
+        (CubicBudget(4, 2, total_steps=30, cooldown=10), 20),
+        (ConstantBudget(4), 0),
+    ],
+)
+def test_a_schedule_for_more_matrices_ends_at_the_same_step(schedule, end):
+    many = schedule.times(6)
+    assert schedule.end == many.end == end
+    for step in (0, end):
+        assert many.live_ranks(step) == 6 * schedule.live_ranks(step)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: FixedPruning(4, 2.5, 1, 1), "budget is 2.5, but must be a whole number."),
+        (lambda: FixedPruning(4, 2, 1, 2.5), "interval is 2.5, but must be a whole number."),
+        (lambda: FixedPruning(True, 1, 1), "initial is True, but must be a whole number."),
+        (lambda: FixedGrowth(2, 4, 0.5), "count is 0.5, but must be a whole number."),
+        (lambda: ConstantBudget("4"), "initial is 4, but must be a whole number."),
+        (lambda: OneShot(4, None, 1), "final is None, but must be a whole number."),
+        (lambda: CubicBudget(4, 2, 10.0), "total_steps is 10.0, but must be a whole number."),
+        (lambda: CubicBudget(4, 2, warmup="1"), "warmup is 1, but must be a whole number."),
+        (
+            lambda: CubicBudget(4, 2, warmup=0.7, cooldown=0.6),
+            "cooldown is 0.6, but with warmup = 0.7 must be below 1.0.",
+        ),
+    ],
+)
+def test_numbers_that_are_not_whole_and_phases_that_do_not_fit(kit, make, text):
+    assert kit.error_text(make) == text

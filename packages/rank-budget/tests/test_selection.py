@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rank_budget import FixedPruning, Limits, RankAllocator
-from rank_budget.arrange import layout_of, order_of, shares
+from rank_budget.layout import layout_of, order_of, shares
 from rank_budget.selection import grow_to_budget, prune_to_budget
 
 SCORES = st.sampled_from([0.0, 1.0, 2.0, 3.0, math.nan, math.inf])

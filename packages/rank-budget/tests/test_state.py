@@ -1,5 +1,6 @@
 """A resumed allocator goes on as the uninterrupted one; a state of another is refused."""
 
+import copy
 import io
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from rank_budget import (
     CubicBudget,
     FixedGrowth,
     FixedPruning,
+    Limits,
     NormShare,
     RankAllocator,
     SmoothedSensitivity,
@@ -85,10 +87,66 @@ def test_a_resumed_run_allocates_identically(direction, at):
 
     assert found == expected
     assert second.history == whole.history
+    torch.testing.assert_close(second.importance(), whole.importance(), rtol=0, atol=0)
     one, two = second.state_dict(), whole.state_dict()
     assert one.pop("matrices") == two.pop("matrices")
     assert one["score"].pop("of", None) == two["score"].pop("of", None)
     torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def fresh(seed, masked):
+    layers = layers_of(seed)
+    for layer in layers.values():
+        if masked:
+            layer.rank_mask = torch.ones(layer.lam.shape, dtype=torch.bool)
+    return layers
+
+
+ORDERS = ("build model state", "build state model", "model build state")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("direction", list(CASES))
+def test_model_and_state_may_be_loaded_in_any_order(direction, masked, order):
+    layers = fresh(0, masked)
+    whole = make(direction, layers)
+    run(whole, layers, range(5))
+    others = fresh(1, masked)
+    roles = ("p", "lam", "q", "rank_mask") if masked else ("p", "lam", "q")
+    saved = {(name, role): getattr(layers[name], role).clone() for name in "ab" for role in roles}
+    found = {}
+    for part in order.split():
+        if part == "build":
+            found["allocator"] = make(direction, others)
+        elif part == "state":
+            found["allocator"].load_state_dict(whole.state_dict())
+        else:
+            for (name, role), value in saved.items():
+                getattr(others[name], role).copy_(value)
+    for (name, role), value in saved.items():
+        assert torch.equal(getattr(others[name], role), value), (name, role)
+    again = run(found["allocator"], others, range(5, STEPS))
+    assert again == run(whole, layers, range(5, STEPS))
+    for name, layer in layers.items():
+        for role in roles:
+            assert torch.equal(getattr(others[name], role), getattr(layer, role)), (name, role)
+
+
+def test_groups_share_as_before_when_masks_are_loaded_first():
+    layers = fresh(0, masked=True)
+    options = {"score": "magnitude", "limits": Limits(groups=["a"])}
+    schedule = FixedPruning(7, 2, 1, 1)
+    whole = RankAllocator(layers, schedule, **options)
+    run(whole, layers, range(3))
+    others = {name: replace(layer, lam=layer.lam.clone()) for name, layer in layers.items()}
+    for layer in others.values():
+        layer.rank_mask = layer.rank_mask.clone()
+    again = RankAllocator(others, schedule, **options)
+    again.load_state_dict(whole.state_dict())
+    for _ in range(3):
+        assert again.step() == whole.step()
+        assert again.ranks() == whole.ranks()
 
 
 def test_the_state_is_what_changes_the_next_step():
@@ -103,6 +161,7 @@ def test_the_state_is_what_changes_the_next_step():
         "matrices": list,
         "alive": torch.Tensor,
         "changed": torch.Tensor,
+        "importance": torch.Tensor,
         "score": dict,
         "history": dict,
     }
@@ -114,6 +173,40 @@ def test_the_state_is_what_changes_the_next_step():
         for done in allocator.history
     ]
     assert state["score"].keys() == {"of", "sensitivity", "uncertainty"}
+
+
+def test_skips_are_kept_and_what_was_read_is_forgotten():
+    layers = layers_of()
+    one = make("prune", layers)
+    run(one, layers, range(2))
+    one.skip()
+    others = copy.deepcopy(layers)
+    two = make("prune", others)
+    two.score()
+    two.load_state_dict(one.state_dict())
+    assert (two.steps, two.skipped) == (2, 1)
+    for layer in (*layers.values(), *others.values()):
+        for factor in (layer.p, layer.lam, layer.q):
+            factor.grad *= 2
+    one.step()
+    two.step()  # reads anew, though it had read before loading
+    torch.testing.assert_close(two.importance(), one.importance(), rtol=0, atol=0)
+    averages = ("sensitivity", "uncertainty")
+    for name in averages:
+        pair = (allocator.state_dict()["score"][name] for allocator in (one, two))
+        torch.testing.assert_close(*pair, rtol=0, atol=0)
+
+
+def test_the_step_of_the_last_pruning_still_moves_the_averages():
+    layers = layers_of()
+    allocator = make("prune", layers)
+    moved = []
+    for step in range(STEPS):
+        before = [part.clone() for part in allocator.state_dict()["score"]["sensitivity"]]
+        run(allocator, layers, [step])
+        after = allocator.state_dict()["score"]["sensitivity"]
+        moved.append(any(not torch.equal(*pair) for pair in zip(before, after, strict=True)))
+    assert moved == [step <= PRUNING.end for step in range(1, STEPS + 1)]
 
 
 def test_a_loaded_state_is_a_copy():
@@ -144,7 +237,7 @@ def test_a_state_of_other_matrices_is_refused_and_changes_nothing(kit):
     )
     state = make("prune", layers_of()).state_dict()
     state["score"]["of"][0][2] = [1, 9]
-    assert "has (role, names, shape) ['lam', ['b'], [1, 9]]" in kit.error_text(
+    assert "has (role, names, shape, start) ['lam', ['b'], [1, 9], 0]" in kit.error_text(
         allocator.load_state_dict, state
     )
     state = make("prune", layers_of()).state_dict()

@@ -1,5 +1,7 @@
 """What goes wrong in use, each by name."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from rank_budget import (
     ConstantBudget,
     CubicBudget,
     FixedPruning,
+    NormShare,
     RankAllocator,
     SmoothedSensitivity,
     Triplet,
@@ -57,6 +60,35 @@ def test_a_module_without_a_gradient_keeps_its_ranks_and_averages_if_skipped(kit
         assert not torch.equal(new[~same], old[~same])
     allocator.step()  # the budget is met, whatever is missing
     assert allocator.live_ranks == sum(allocator.ranks().values()) == 3
+
+
+@pytest.mark.parametrize("score", [SmoothedSensitivity(), NormShare()])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_step_that_is_not_finite_leaves_the_averages_without_a_read(kit, score, number):
+    layers, allocator = build(kit, score=score, schedule=FixedPruning(9, 3, 1, 100))
+    allocator.score()
+    allocator.step()
+    saved = copy.deepcopy(averages_of(allocator))
+    damaged = layers["b"].q.grad if isinstance(score, SmoothedSensitivity) else layers["b"].q.data
+    before = damaged[0, 0].item()
+    damaged[0, 0] = number
+    allocator.score()
+    with kit.Counted() as mode:
+        allocator.step()
+    assert "_local_scalar_dense" not in mode.operations
+    torch.testing.assert_close(averages_of(allocator), saved, rtol=0, atol=0)
+    damaged[0, 0] = before
+    for layer in layers.values():
+        layer.lam.data[0] *= 2
+    allocator.score()
+    allocator.step()
+    changed = zip(averages_of(allocator), saved, strict=True)
+    assert all(not torch.equal(new, old) and new.isfinite().all() for new, old in changed)
+
+
+def averages_of(allocator):
+    state = allocator.state_dict()["score"]
+    return [tensor for name, part in state.items() if name != "of" for tensor in part]
 
 
 def test_missing_is_checked(kit):
@@ -193,6 +225,16 @@ def test_tensors_that_are_no_triplet(kit, shapes, text):
     assert found == (f"{text} (out, rank), (rank,) or (rank, 1), and (rank, in).")
 
 
+def test_scales_in_rows_and_columns_may_be_mixed(kit):
+    layers = {name: kit.triplet(2, 3, 4, mask=False, column=name == "b") for name in "abc"}
+    allocator = RankAllocator(layers, FixedPruning(6, 2, 2, 1))
+    for _ in range(2):
+        allocator.step()
+        for name, mask in allocator.masks().items():
+            assert torch.equal(layers[name].lam.reshape(-1) != 0, mask)
+    assert allocator.live_ranks == 2
+
+
 @pytest.mark.parametrize("mask", [torch.ones(2), torch.ones(3, dtype=torch.bool)])
 def test_masks_that_do_not_fit(kit, mask):
     layer = Triplet(torch.zeros(4, 2), torch.zeros(2), torch.zeros(2, 5), mask)
@@ -204,6 +246,21 @@ def test_masks_that_do_not_fit(kit, mask):
 def test_no_layers(kit):
     text = kit.error_text(RankAllocator, {}, ConstantBudget(2))
     assert text == "there are no layers; put the adapters on the model first."
+
+
+def test_what_is_neither_layers_nor_stacks(kit):
+    schedule = ConstantBudget(2)
+    assert kit.error_text(RankAllocator, torch.nn.Linear(2, 2), schedule) == (
+        "layers is a Linear, expected layers by name, such as ranked_layers(model) returns, or a "
+        "list of RankedMatrices."
+    )
+    assert kit.error_text(RankAllocator, [kit.triplet(2, 3, 4)], schedule) == (
+        "a stack is a Triplet, expected RankedMatrices and RankedFactors; give layers with three "
+        "tensors by name, in a dict."
+    )
+    assert kit.error_text(RankAllocator, {"a": kit.triplet(2, 3, 4)}, schedule, score=5) == (
+        "score is 5, expected sensitivity, magnitude, a function or an object."
+    )
 
 
 def test_factors_that_change_their_shape(kit):

@@ -1,13 +1,13 @@
 """A rank allocator: scores, schedules and exact pruning to a global rank budget."""
 
 from rank_budget.allocator import RankAllocator
-from rank_budget.arrange import Limits
 from rank_budget.attach import Attachment, attach_, watch_
 from rank_budget.compact import compact_, droppable
 from rank_budget.costs import COSTS, ExportedBytes, total_cost
 from rank_budget.errors import BudgetError
 from rank_budget.gates import expected_l0, l0_gate, proximal_gate_
 from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices, Triplet, ranked_layers
+from rank_budget.layout import Limits
 from rank_budget.norm_share import NormShare
 from rank_budget.record import Allocation
 from rank_budget.report import importance_histogram, rank_heatmap, rank_timeline, schedule_plot

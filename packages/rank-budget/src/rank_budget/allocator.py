@@ -6,11 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rank_budget.arrange import Limits, layout_of
+from rank_budget.budget_plan import Direction, Plan, costs_of
 from rank_budget.costs import Cost, cost_named
 from rank_budget.errors import BudgetError
 from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices
-from rank_budget.plan import Direction, Plan, costs_of
+from rank_budget.layout import Limits, layout_of
 from rank_budget.record import (
     Allocation,
     check_alive,
@@ -19,10 +19,11 @@ from rank_budget.record import (
     history_state,
     stats_of,
 )
-from rank_budget.roster import roster_of_layers, roster_of_stacks
+from rank_budget.roster import roster_of
 from rank_budget.schedules import Schedule
 from rank_budget.scores import Score, ScoreMethod, score_named
-from rank_budget.selection import by_matrix, grow_to_budget, per_group, prune_to_budget
+from rank_budget.selection import by_matrix
+from rank_budget.start import start_of
 
 
 class RankAllocator:
@@ -34,9 +35,10 @@ class RankAllocator:
     the budget counts: "ranks", "parameters", "bytes", or a function of output and input width.
     ``limits``: floors, ceilings, groups. ``direction``: "prune", for good; "regrow", as AdaLoRA,
     where λ of what falls is put to zero, goes on learning, and all are chosen from anew until the
-    budget is final; "grow", from a small start. ``missing``: "refuse" matrices without a gradient,
-    or "skip" them: they keep their averages, and fall last. ``total_steps``: checks that the
-    schedule ends in time, and tells it where it is late to know.
+    budget is final; "grow", from a small start: what sleeps is masked, or its λ put to zero at the
+    first `score`. ``missing``: "refuse" matrices without a gradient, or "skip" them: they keep
+    their averages, and fall last. ``total_steps``: checks that the schedule ends in time, and tells
+    it where it is late to know.
 
     Each optimizer step: `score` reads values and gradients before the optimizer changes them, and
     `step` counts the step after it, and allocates if the schedule says so. Gradients are those of
@@ -49,7 +51,8 @@ class RankAllocator:
     hide the fault. The number of tensor operations depends on the number of different shapes, not
     of matrices.
 
-    Saved: steps, masks, averages, history.
+    Saved: steps, masks, averages, the scores of the last allocation, history; where factors are
+    sharded, each process saves and loads its own.
     Paper: section 3.2 and Appendix D; AdaLoRA (arXiv 2303.10512), Algorithm 1.
 
     Raises:
@@ -86,10 +89,7 @@ class RankAllocator:
         if missing not in ("refuse", "skip"):
             raise BudgetError(f"missing is {missing!r}, expected refuse or skip.")
         method, limits = score_named(score), limits or Limits()
-        if isinstance(layers, Mapping):
-            roster = roster_of_layers(layers, method.roles, limits)
-        else:
-            roster = roster_of_stacks(layers, factors, method.roles, limits)
+        roster = roster_of(layers, factors, method.roles, limits)
         limits.check(list(roster.ranks))
         costs = costs_of(roster, cost_named(cost))
         self._roster = roster
@@ -103,36 +103,20 @@ class RankAllocator:
         self._importance = torch.zeros_like(roster.alive, dtype=torch.float32)
         self._lowest = torch.full_like(self._importance[:1], -torch.inf)
         self._changed = torch.zeros_like(self._layout.matrix)
-        self._all = torch.ones_like(roster.alive)
         self.steps = 0
         self.skipped = 0
+        self.attached = False
         self.history: list[Allocation] = []
-        self._alive, start = self._start(schedule, direction)
-        self._plan = Plan(schedule, direction, start, roster.alive.device)
+        start = start_of(roster, self._layout, schedule, direction)
+        self._alive, self._resume = start.alive, start.resume
+        self._plan = Plan(schedule, direction, start.parts, roster.alive.device)
         self._budget = schedule.initial
         self._live: int | None = int(self._alive.sum())
         if total_steps is not None:
             self.set_total_steps(total_steps)
         self._plan.check_limits(roster, limits, costs)
-        self._apply(written=direction == "grow")
-
-    def _start(self, schedule: Schedule, direction: Direction) -> tuple[Tensor, list[int]]:
-        """Return what is alive at the start, and by what the groups share the budget."""
-        alive = self._roster.alive.clone()
-        parts: list[int] = per_group(self._layout.cost * alive, self._layout).tolist()
         if direction == "grow":
-            plan = Plan(schedule, direction, parts, alive.device)
-            shares = plan.shares(schedule.initial)
-            nothing = torch.zeros_like(alive)
-            scores = torch.zeros_like(self._importance)
-            return grow_to_budget(scores, nothing, self._layout, shares), parts
-        if schedule.initial != sum(parts):
-            unit = "components" if self._layout.even else "of their cost"
-            raise BudgetError(
-                f"the schedule starts with {schedule.initial} {unit}, but the masks have "
-                f"{sum(parts)}; build it with initial={sum(parts)}."
-            )
-        return alive, parts
+            self._roster.write(self._alive)
 
     def set_total_steps(self, total_steps: int) -> None:
         """Tell the schedule the length of the training, before the first step; see the class."""
@@ -160,14 +144,20 @@ class RankAllocator:
         return self._plan.direction == "prune" or self._plan.is_final(self.steps)
 
     @torch.no_grad()
-    def score(self) -> None:
+    def score(self, *, grad_scale: Tensor | None = None) -> None:
         """Read this step's values and gradients, if the score or an allocation needs them.
 
         What was read counts when `step` is called; a step that is not taken leaves no trace.
+        ``grad_scale``: a number on the device by which the gradients are still multiplied.
 
         Raises:
-            BudgetError: a matrix has no gradient, and ``missing`` is "refuse".
+            BudgetError: a matrix has no gradient, and ``missing`` is "refuse"; or masks of a run
+                that goes on, of which no state was loaded.
         """
+        if self._resume is not None:
+            raise BudgetError(self._resume)
+        if self._plan.direction == "grow" and self.steps == 0:
+            self._roster.silence(self._alive)
         step = self.steps + 1
         self._scored, self._pending = True, None
         if self._scorer.every_step:
@@ -176,7 +166,7 @@ class RankAllocator:
             needed = self._plan.due(step, self._budget)
         if not needed:
             return
-        missing = self._scorer.read()
+        missing = self._scorer.read(grad_scale)
         if missing and self._missing == "refuse":
             raise BudgetError(
                 f"{len(missing)} matrices, such as {min(missing)}, have no gradient at step "
@@ -199,8 +189,14 @@ class RankAllocator:
         """Count an optimizer step; allocate if the schedule says so, and return what was done.
 
         Without `score` before it, it scores what is there, and skips a step that is not finite.
+        After `score`, which read no flag, such a step counts, but leaves the averages untouched.
         """
         if not self._scored:
+            if self.attached:
+                raise BudgetError(
+                    "the allocator is attached to an optimizer, which steps it; leave out this "
+                    "call, or remove the Attachment."
+                )
             self.score()
             if not self.is_finite():
                 self.skip()
@@ -211,39 +207,34 @@ class RankAllocator:
         allocation = None
         if self._plan.due(self.steps, self._budget):
             allocation = self._allocate()
-        self._apply(written=allocation is not None)
+        if self._masks_apply():
+            if allocation is not None:
+                self._roster.write(self._alive)
+            self._roster.silence(self._alive)
+        elif allocation is not None:
+            self._roster.zero(self._alive)
         self._scored, self._pending = False, None
         return allocation
 
     def _allocate(self) -> Allocation:
         budget = self._plan.schedule.live_ranks(self.steps)
-        scores, before, layout = self._scorer.scores(), self._alive, self._layout
-        shares = self._plan.shares(budget)
-        if self._plan.direction == "grow":
-            self._alive = grow_to_budget(scores, before, layout, shares)
-        else:
-            pool = self._all if self._plan.direction == "regrow" else before
-            spared = self._roster.components_of(self._pending) if self._pending else None
-            self._alive = prune_to_budget(scores, pool, layout, shares, spared)
+        scores, before = self._scorer.scores(), self._alive
+        spared = self._roster.components_of(self._pending) if self._pending else None
+        self._alive = self._plan.choose(scores, before, self._layout, budget, spared)
         changes = before ^ self._alive
         self._importance = scores
         self._changed.masked_fill_(changes, self.steps)
-        stats = stats_of(scores, before, changes, self._lowest)
+        fell = changes if self._plan.direction == "prune" else changes & before
+        stats = stats_of(scores, changes, fell, self._alive, self._lowest)
         allocation = Allocation(self.steps, budget, stats)
         self._budget = budget
-        self._live = budget if layout.even else None
+        self._live = budget if self._layout.even else None
         self.history.append(allocation)
         return allocation
 
-    def _apply(self, *, written: bool) -> None:
-        """Put the masks where layers read them, or λ to zero where they read none."""
-        roster, plan = self._roster, self._plan
-        if plan.direction == "regrow" and not plan.is_final(self.steps):
-            actions = roster.zeroers if written else ()
-        else:
-            actions = [*(roster.writers if written else ()), *roster.silencers]
-        for action in actions:
-            action(self._alive)
+    def _masks_apply(self) -> bool:
+        """Return whether what is dead is kept so between allocations; in regrowth it learns."""
+        return self._plan.direction != "regrow" or self._plan.is_final(self.steps)
 
     def ranks(self) -> dict[str, int]:
         """Return the live components of each matrix; the one read from the device."""
@@ -271,6 +262,7 @@ class RankAllocator:
             "matrices": [[name, rank] for name, rank in self._roster.ranks.items()],
             "alive": self._alive,
             "changed": self._changed,
+            "importance": self._importance,
             "score": self._scorer.state_dict(),
             "history": history_state(self.history),
         }
@@ -278,6 +270,8 @@ class RankAllocator:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; masks are changed in place.
+
+        The model's own state may be loaded before or after; both before the first step.
 
         Raises:
             BudgetError: the state is of other matrices or another score.
@@ -288,11 +282,14 @@ class RankAllocator:
         self._scorer.load_state_dict(state["score"])
         self._alive = state["alive"].to(self._alive.device).clone()
         self._changed = state["changed"].to(self._alive.device).clone()
+        self._importance = state["importance"].to(self._alive.device).clone()
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
         self._budget = int(state["budget"])
         self._live = int(self._alive.sum())
         self.history = history_from(state["history"], self._alive.device)
         self._scored, self._pending = False, None
+        self._resume = None
         # In regrowth λ of what fell has learned on, and is the model's to restore.
-        if self._plan.direction != "regrow" or self.dead_stay_dead():
-            self._apply(written=True)
+        if self._masks_apply():
+            self._roster.write(self._alive)
+            self._roster.silence(self._alive)

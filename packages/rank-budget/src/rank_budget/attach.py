@@ -1,8 +1,9 @@
 """The allocator on an optimizer: stepped by it, or watched over."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -13,13 +14,17 @@ from rank_budget.errors import BudgetError, require
 class Attachment:
     """Hooks on an optimizer; ``remove()`` takes them off, as the end of a ``with`` block does."""
 
-    def __init__(self, handles: Sequence[RemovableHandle]) -> None:
+    def __init__(
+        self, handles: Sequence[RemovableHandle], release: Callable[[], None] = lambda: None
+    ) -> None:
         self._handles = list(handles)
+        self._release = release
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+        self._release()
 
     def __enter__(self) -> "Attachment":
         return self
@@ -32,9 +37,14 @@ def attach_(allocator: RankAllocator, optimizer: Optimizer) -> Attachment:
     """Let each ``optimizer.step()`` score before it and allocate after it.
 
     The training loop stays as it is. A step that an automatic mixed precision scaler leaves out
-    is not seen; a step with gradients that are not finite leaves scores and budget untouched, for
-    which one flag is read from the device. What is pruned is zero again after every step, whatever
-    the optimizer's momentum did to it.
+    is not seen; a step with gradients that are not finite, or that a fused optimizer leaves out,
+    leaves scores and budget untouched, for which one flag is read from the device, and one more of
+    a fused optimizer under a scaler; its gradients are scored unscaled. What is pruned is zero
+    again after every step, whatever the optimizer's momentum did to it.
+
+    Raises:
+        BudgetError: the allocator is attached already; and, from ``allocator.step()``, that the
+            optimizer steps it.
 
     >>> import torch
     >>> from rank_budget import CubicBudget, Triplet
@@ -50,17 +60,29 @@ def attach_(allocator: RankAllocator, optimizer: Optimizer) -> Attachment:
     {'w': 1}
     """
 
+    if allocator.attached:
+        raise BudgetError(
+            "the allocator is attached to an optimizer already; remove that Attachment first."
+        )
+
     def before(*_: Any) -> None:
-        allocator.score()
+        # A gradient scaler leaves both to optimizers that unscale within their fused step.
+        allocator.score(grad_scale=getattr(optimizer, "grad_scale", None))
 
     def after(*_: Any) -> None:
-        if allocator.is_finite():
+        found: Tensor | None = getattr(optimizer, "found_inf", None)
+        if allocator.is_finite() and not (found is not None and bool(found)):
             allocator.step()
         else:
             allocator.skip()
 
+    def release() -> None:
+        allocator.attached = False
+
+    allocator.attached = True
     return Attachment(
-        [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)],
+        release,
     )
 
 

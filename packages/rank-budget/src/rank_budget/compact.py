@@ -45,14 +45,15 @@ def compact_(
 
     What the layers compute does not change, nor does the optimizer's next step: its state is
     resized with the factors. Adapters keep their scaling, whatever their rank. A module's ``rank``
-    and ``rank_mask``, if it has them, follow. The allocator that gave the masks has then done its
-    work; for further pruning make a new one.
+    and ``rank_mask``, if it has them, follow. The allocator that gave the masks may stay attached
+    once its budget is final; for further pruning make a new one. PEFT does not load an AdaLoRA
+    adapter that is saved with factors of this size: save or export it before.
 
     ``masks``: bool, (rank,), such as `RankAllocator.masks` returns.
 
     Raises:
-        BudgetError: a matrix without a mask, or optimizer state that is neither a number nor of
-            the factor's shape. Nothing has been changed then.
+        BudgetError: a matrix without a mask of its rank, sharded factors, or optimizer state that
+            is neither a number nor of the factor's shape. Nothing has been changed then.
 
     >>> p, lam, q = (nn.Parameter(torch.ones(size)) for size in ((4, 2), 2, (2, 3)))
     >>> from rank_budget import Triplet
@@ -61,8 +62,7 @@ def compact_(
     >>> tuple(layer.p.shape), tuple(layer.q.shape)
     ((4, 1), (1, 3))
     """
-    if missing := sorted(layers.keys() - masks.keys()):
-        raise BudgetError(f"{missing[0]} has no mask; give one for each layer.")
+    _check_masks(layers, masks)
     state = {} if optimizer is None else optimizer.state
     for name, role, factor in _factors(layers):
         for key, value in state.get(factor, {}).items():
@@ -80,6 +80,23 @@ def compact_(
         _follow(layer, masks[name])
     for group in [] if optimizer is None else optimizer.param_groups:
         group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
+
+
+def _check_masks(layers: Mapping[str, RankedLayer], masks: Mapping[str, Tensor]) -> None:
+    if missing := sorted(layers.keys() - masks.keys()):
+        raise BudgetError(f"{missing[0]} has no mask; give one for each layer.")
+    for name, role, factor in _factors(layers):
+        mask, rank = masks[name], factor.shape[_COMPONENTS[role]]
+        if mask.dtype != torch.bool or tuple(mask.shape) != (rank,):
+            raise BudgetError(
+                f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
+                f"({rank},); give what the allocator's masks() returned before the first compact_."
+            )
+        if getattr(factor, "placements", None) is not None:
+            raise BudgetError(
+                f"{role} of {name} is sharded, expected a whole tensor; gather the factors before "
+                "compact_."
+            )
 
 
 def _factors(layers: Mapping[str, RankedLayer]) -> Iterator[tuple[str, str, Tensor]]:

@@ -31,7 +31,9 @@ def parameters(out_width: int, in_width: int) -> int:
 
 @dataclass(frozen=True)
 class ExportedBytes:
-    """The bytes of a component in an adapter that is exported in ``dtype``.
+    """The bytes of a component in a compact export in ``dtype``: each matrix of its own rank.
+
+    An export that fills all matrices up to one rank is larger.
 
     >>> ExportedBytes(torch.bfloat16)(4096, 1024)
     10240

@@ -5,6 +5,12 @@ class BudgetError(ValueError):
     """What is wrong with a budget, its rule, and the remedy, in one line."""
 
 
+def require_whole(field: str, value: object) -> None:
+    """Raise a `BudgetError` unless the value is a whole number."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole, field, value, "must be a whole number")
+
+
 def require(condition: bool, field: str, value: object, rule: str) -> None:
     """Raise a `BudgetError` that names the field, its value and the rule that it breaks."""
     if not condition:

@@ -34,6 +34,9 @@ def l0_gate(log_alpha: Tensor, noise: Tensor | None = None) -> Tensor:
     z = clamp((ζ − γ) σ((log u − log(1 − u) + log α) / β) + γ, 0, 1), with β = 2/3, γ = −0.1 and
     ζ = 1.1. Without noise, for evaluation: z = clamp((ζ − γ) σ(log α) + γ, 0, 1).
 
+    Where log α takes the place of λ, an allocator needs a layer with a ``rank_mask``, by which the
+    gate is multiplied: log α of what is pruned would else be put to zero, a gate of 0.5.
+
     Shapes: log_alpha, noise and the result alike. ``noise``: u, uniform in (0, 1); draw it anew
     each step, the same on every process. Gradient: to log_alpha, where the clamp does not cut.
     Paper: Hu et al., SaLoRA (Mathematics 11(20), 2023); Louizos et al. (arXiv 1712.01312).
@@ -49,7 +52,8 @@ def expected_l0(log_alpha: Tensor) -> Tensor:
     """Return the probability that each gate is not zero; its sum is the expected rank.
 
     σ(log α − β log(−γ / ζ)). Add a multiple of its sum over the budget to the loss; as the score of
-    a `RankAllocator` it makes the last cut exact: ``score=lambda log_alpha, _: expected_l0(...)``.
+    a `RankAllocator` it makes the last cut exact: ``score=lambda log_alpha, _: expected_l0(...)``,
+    on layers with a ``rank_mask``, see `l0_gate`.
 
     Paper: Louizos et al. (arXiv 1712.01312).
 

@@ -75,8 +75,9 @@ class Shares:
         rows = torch.tensor([place[name] for name in lam.names], device=lam.device)
         return chosen, rows
 
-    def read(self) -> set[str]:
+    def read(self, grad_scale: Tensor | None = None) -> set[str]:
         """Take the shares of this step; gradients are not looked at."""
+        del grad_scale
         grams: dict[int, Tensor] = {}
         for index, block in enumerate(self._blocks):
             if block.role != "lam":
@@ -99,8 +100,9 @@ class Shares:
         return bool(self._now.isfinite().all())
 
     def commit(self) -> None:
-        """Move the average towards what was read."""
-        self._mean.lerp_(self._now, 1 - self._beta)
+        """Move the average towards what was read, unless it is not finite."""
+        moved = self._mean.lerp(self._now, 1 - self._beta)
+        self._mean.copy_(torch.where(self._now.isfinite().all(), moved, self._mean))
 
     def scores(self) -> Tensor:
         """Return S."""

@@ -70,14 +70,15 @@ class Allocation:
         )
 
 
-def stats_of(scores: Tensor, before: Tensor, changes: Tensor, lowest: Tensor) -> Tensor:
+def stats_of(
+    scores: Tensor, changes: Tensor, fell: Tensor, alive: Tensor, lowest: Tensor
+) -> Tensor:
     """Return changes, pruned, live and threshold, (4,), without a read.
 
     ``changes``: what fell or woke up. ``lowest``: −inf, on the device.
     """
-    fell = changes & before
     threshold = torch.where(fell, scores, lowest).amax()
-    counts = torch.stack([changes, fell, before ^ changes]).sum(1)
+    counts = torch.stack([changes, fell, alive]).sum(1)
     return torch.cat([counts, threshold.view(1)])
 
 

@@ -78,16 +78,21 @@ def rank_timeline(
     """Return a matplotlib figure of the live ranks over the steps.
 
     ``history``: of a `RankAllocator`; ``initial``: ranks of all matrices at the start.
-    ``changed``: what `RankAllocator.changed` returns, for a line per kind of module; of use where
+    ``changed``: what `RankAllocator.changed` returns, for a line per kind of module, where
     components fell for good.
 
     Raises:
-        BudgetError: matplotlib is not installed.
+        BudgetError: matplotlib is not installed, or ``changed`` where components woke up.
 
     >>> history = [Allocation(2, 3, torch.tensor([1.0, 1, 3, 0.5]))]
     >>> rank_timeline(history, initial=4).axes[0].lines[0].get_xydata().tolist()
     [[0.0, 4.0], [2.0, 3.0]]
     """
+    if changed and any(done.grown for done in history):
+        raise BudgetError(
+            "changed says only when a component last fell or woke up, but in this history some "
+            "woke up; leave changed out, for the line of all modules."
+        )
     figure, axes = _figure("rank_timeline", 6, 3)
     points = [(0, initial), *((done.step, done.live) for done in history)]
     axes.step(*zip(*points, strict=True), where="post", color="black", label="all")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rank_budget.arrange import Limits, order_of
 from rank_budget.errors import BudgetError
 from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices, check_layer
+from rank_budget.layout import Limits, order_of
 from rank_budget.shards import local_part, shard_of
 from rank_budget.stacks import Block, blocks_of_layers, blocks_of_stacks
 
@@ -30,16 +30,57 @@ class Roster:
     silencers: Sequence[Callable[[Tensor], None]]
     zeroers: Sequence[Callable[[Tensor], None]]
 
+    def write(self, alive: Tensor) -> None:
+        """Put masks where layers read them."""
+        for write in self.writers:
+            write(alive)
+
+    def silence(self, alive: Tensor) -> None:
+        """Put λ of what is dead to zero where layers read no mask."""
+        for silence in self.silencers:
+            silence(alive)
+
+    def zero(self, alive: Tensor) -> None:
+        """Put λ of what is dead to zero everywhere."""
+        for zero in self.zeroers:
+            zero(alive)
+
     def by_matrix(self, flat: Tensor) -> dict[str, Tensor]:
         """Return what stands flat over all components as a view per matrix."""
         return dict(zip(self.ranks, torch.split(flat, list(self.ranks.values())), strict=True))
 
     def components_of(self, names: Collection[str]) -> Tensor:
         """Return which components belong to the named matrices, bool, (components,)."""
-        chosen = torch.zeros_like(self.alive)
-        for name, part in self.by_matrix(chosen).items():
-            part.fill_(name in names)
-        return chosen
+        chosen = torch.tensor([name in names for name in self.ranks])
+        counts = torch.tensor(list(self.ranks.values()))
+        return chosen.repeat_interleave(counts).to(self.alive.device)
+
+
+def roster_of(
+    layers: Mapping[str, RankedLayer] | Sequence[RankedMatrices],
+    factors: Sequence[RankedFactors],
+    roles: Sequence[str],
+    limits: Limits,
+) -> Roster:
+    """Return the roster of layers by name, or of live stacks.
+
+    Raises:
+        BudgetError: it is neither, or they do not fit.
+    """
+    if isinstance(layers, Mapping):
+        return roster_of_layers(layers, roles, limits)
+    if not isinstance(layers, Sequence):
+        raise BudgetError(
+            f"layers is a {type(layers).__name__}, expected layers by name, such as "
+            "ranked_layers(model) returns, or a list of RankedMatrices."
+        )
+    for stack in (*layers, *factors):
+        if not isinstance(stack, RankedMatrices | RankedFactors):
+            raise BudgetError(
+                f"a stack is a {type(stack).__name__}, expected RankedMatrices and RankedFactors; "
+                "give layers with three tensors by name, in a dict."
+            )
+    return roster_of_stacks(layers, factors, roles, limits)
 
 
 def roster_of_stacks(
@@ -126,9 +167,9 @@ def roster_of_layers(
             alive[places[name]] = mask.to(device)
         lam = local_part(layer.lam)
         shard = shard_of(layer.lam, 0, name)
-        groups.setdefault((rank[name], lam.device, shard, mask is None), []).append(name)
+        groups.setdefault((lam.shape, lam.dtype, lam.device, shard, mask is None), []).append(name)
     writers, silencers, zeroers = [], [], []
-    for (_, _, _, maskless), names in groups.items():
+    for (*_, maskless), names in groups.items():
         index = torch.stack([places[name] for name in names])
         zeroer = _layer_zeroer([layers[name] for name in names], index)
         zeroers.append(zeroer)
@@ -149,15 +190,19 @@ def _layer_writer(layers: Sequence[RankedLayer], index: Tensor) -> Callable[[Ten
 
 
 def _layer_zeroer(layers: Sequence[RankedLayer], index: Tensor) -> Callable[[Tensor], None]:
-    lam = local_part(layers[0].lam)
+    lam = local_part(layers[0].lam).detach()
+    shape = lam.shape
     shard = shard_of(layers[0].lam, 0, "lam")
     first = shard.start if shard is not None else 0
     rows = index[:, first : first + lam.shape[0]]
 
     def zero(alive: Tensor) -> None:
         values = [local_part(layer.lam) for layer in layers]
-        keep = alive[rows].to(values[0].device, values[0].dtype)
-        torch._foreach_mul_(values, list(keep.view(len(layers), *values[0].shape).unbind()))
+        keep = alive[rows].to(lam.device, lam.dtype).view(len(layers), *shape).unbind()
+        # A layer that `compact_` has made smaller has nothing dead any more.
+        pairs = [pair for pair in zip(values, keep, strict=True) if pair[0].shape == shape]
+        if pairs:
+            torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
 
     return zero
 

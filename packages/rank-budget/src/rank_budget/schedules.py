@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from rank_budget.errors import require
-from rank_budget.phases import Phased, first_multiple
+from rank_budget.errors import require, require_whole
+from rank_budget.schedule_phases import Phased, first_multiple
 
 
 class Schedule(Protocol):
@@ -35,7 +35,12 @@ class ConstantBudget:
     initial: int
 
     def __post_init__(self) -> None:
+        require_whole("initial", self.initial)
         require(self.initial >= 1, "initial", self.initial, "must be at least 1")
+
+    def times(self, matrices: int) -> "ConstantBudget":
+        """Return this schedule, given as ranks per matrix on average, for so many matrices."""
+        return replace(self, initial=self.initial * matrices)
 
     @property
     def final(self) -> int:
@@ -79,6 +84,8 @@ class FixedPruning:
     interval: int = 100
 
     def __post_init__(self) -> None:
+        for field in ("initial", "budget", "count", "interval"):
+            require_whole(field, getattr(self, field))
         require(self.initial >= 1, "initial", self.initial, "must be at least 1")
         rule = f"must be 0 to initial = {self.initial}"
         require(0 <= self.budget <= self.initial, "budget", self.budget, rule)
@@ -164,7 +171,12 @@ class FixedGrowth(Phased):
 
     def __post_init__(self) -> None:
         self._check(grows=True)
+        require_whole("count", self.count)
         require(self.count >= 0, "count", self.count, "must be 0 or more")
+
+    def times(self, matrices: int) -> "FixedGrowth":
+        """Return this schedule, given as ranks per matrix on average, for so many matrices."""
+        return replace(super().times(matrices), count=self.count * matrices)
 
     @property
     def end(self) -> int | None:
@@ -253,6 +265,9 @@ class CubicBudget(Phased):
 
     def __post_init__(self) -> None:
         self._check()
+        parts = [part for part in (self.warmup, self.cooldown) if isinstance(part, float)]
+        rule = f"with warmup = {self.warmup} must be below 1.0"
+        require(sum(parts) < 1, "cooldown", self.cooldown, rule)
         if self.total_steps is not None:
             phases = self._steps("warmup") + self._steps("cooldown")
             rule = f"must be above warmup + cooldown = {phases}"

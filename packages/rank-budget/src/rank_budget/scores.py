@@ -44,14 +44,17 @@ class Scorer(Protocol):
 
     every_step: bool
 
-    def read(self) -> set[str]:
-        """Take what this step offers; return the matrices that had no gradient."""
+    def read(self, grad_scale: Tensor | None = None) -> set[str]:
+        """Take what this step offers; return the matrices that had no gradient.
+
+        ``grad_scale``: by which the gradients are still multiplied.
+        """
 
     def is_finite(self) -> bool:
         """Return whether what was read is finite; this reads the device."""
 
     def commit(self) -> None:
-        """Make what was read part of the averages."""
+        """Make what was read part of the averages, unless it is not finite; without a read."""
 
     def scores(self) -> Tensor:
         """Return (components,), in the order of all components."""
@@ -94,20 +97,22 @@ class _MomentaryScorer:
         self._gather = Gather(blocks, order)
         self._scores = torch.zeros(0)
 
-    def read(self) -> set[str]:
+    def read(self, grad_scale: Tensor | None = None) -> set[str]:
         missing: set[str] = set()
         parts = []
         for block in self._blocks:
             values, grads = block.read()
-            found = [
-                torch.zeros_like(value) if grad is None else grad
-                for value, grad in zip(values, grads, strict=True)
-            ]
+            nothing = torch.zeros_like(values[0])
+            found = [nothing if grad is None else grad for grad in grads]
             if self._function is not magnitude:
                 pairs = zip(block.names, grads, strict=False)
                 missing |= {name for name, grad in pairs if grad is None}
-            stacks = (block.per_component(block.stack(part)) for part in (values, found))
-            parts.append(self._function(*(wide(stack.squeeze(-1)) for stack in stacks)))
+            value, grad = (
+                wide(block.per_component(block.stack(part)).squeeze(-1)) for part in (values, found)
+            )
+            if grad_scale is not None:
+                grad = grad / grad_scale.to(grad.device)
+            parts.append(self._function(value, grad))
         self._scores = self._gather(parts)
         return missing
 
@@ -153,4 +158,10 @@ def score_named(score: "str | Score | ScoreMethod") -> ScoreMethod:
                 f"score is {score!r}, expected {' or '.join(SCORES)}, or a function or object."
             )
         return Momentary(SCORES[score])
-    return score if isinstance(score, ScoreMethod) else Momentary(score)
+    if isinstance(score, ScoreMethod):
+        return score
+    if not callable(score):
+        raise BudgetError(
+            f"score is {score!r}, expected {', '.join(SCORES)}, a function or an object."
+        )
+    return Momentary(score)

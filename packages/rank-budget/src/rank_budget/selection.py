@@ -44,7 +44,7 @@ def prune_to_budget(
 
     Shapes: scores, alive, spared and the result (components,); budgets (groups,), int64.
 
-    >>> from rank_budget.arrange import layout_of
+    >>> from rank_budget.layout import layout_of
     >>> layout = layout_of({"a": 2, "b": 2})
     >>> scores = torch.tensor([1.0, 0.5, 0.5, 9.0])
     >>> prune_to_budget(scores, torch.tensor([True, True, True, False]), layout, 2)
@@ -72,7 +72,7 @@ def grow_to_budget(scores: Tensor, alive: Tensor, layout: Layout, budgets: Tenso
 
     Shapes: as in `prune_to_budget`.
 
-    >>> from rank_budget.arrange import layout_of
+    >>> from rank_budget.layout import layout_of
     >>> layout = layout_of({"a": 2, "b": 2})
     >>> scores = torch.tensor([1.0, 0.0, 2.0, 0.0])
     >>> grow_to_budget(scores, torch.tensor([True, False] * 2), layout, 3)

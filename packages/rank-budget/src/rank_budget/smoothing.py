@@ -24,7 +24,7 @@ class SmoothedSensitivity:
 
     Averages are float32, or wider where the factors are. Steps that are not finite leave them
     untouched, as do matrices without a gradient.
-    Saved: Ī and Ū of all numbers.
+    Saved: Ī and Ū of all numbers that the process holds: sharded factors have a state per process.
     Paper: AdaLoRA (arXiv 2303.10512), equations 8 to 11 and Algorithm 1.
 
     Raises:
@@ -56,7 +56,7 @@ class Averages:
     def __init__(
         self, config: SmoothedSensitivity, blocks: Sequence[Block], order: Mapping[str, int]
     ) -> None:
-        self._config = config
+        betas = torch.tensor([config.beta1, config.beta2], dtype=torch.float64)
         self._gather = Gather(blocks, order)
         self._arenas = arenas_of(blocks)
         self._sensitivity = [arena.zeros() for arena in self._arenas]
@@ -67,32 +67,63 @@ class Averages:
             for block, part in zip(arena.blocks, arena.split(arena.products), strict=True)
         ]
         self._read: list[tuple[Tensor, set[str]]] = []
+        self._checked = False
+        self._moves = [(1 - betas).to(arena.device, arena.dtype) for arena in self._arenas]
+        self._present: tuple[set[str], list[Tensor]] = (set(), [])
 
-    def read(self) -> set[str]:
+    def read(self, grad_scale: Tensor | None = None) -> set[str]:
         """Take |w·∇w| of everything; return the matrices that had no gradient."""
+        self._checked = False
         self._read = [arena.read_products() for arena in self._arenas]
+        if grad_scale is not None:
+            for products, _ in self._read:
+                products.div_(grad_scale.to(products.device))
         return set().union(*(missing for _, missing in self._read))
 
     def is_finite(self) -> bool:
         """Return whether all that was read is finite; this reads the device."""
-        # The largest, unlike a sum, is finite whenever all are.
-        finite = all(
-            products.numel() == 0 or bool(products.amax().isfinite()) for products, _ in self._read
-        )
+        finite = bool(self._finite())
+        self._checked = finite
+        return finite
+
+    def _finite(self) -> Tensor:
+        # The largest, unlike a sum, is finite whenever all are; NaN is not below infinity.
+        flags = [
+            (products.amax() < torch.inf).to(self._gather.device)
+            for products, _ in self._read
+            if products.numel()
+        ]
+        if not flags:
+            finite = torch.ones((), dtype=torch.bool, device=self._gather.device)
+        else:
+            finite = flags[0] if len(flags) == 1 else torch.stack(flags).all()
         return self._gather.agree(finite)
 
     def commit(self) -> None:
-        """Move the averages towards what was read."""
-        keep1, keep2 = 1 - self._config.beta1, 1 - self._config.beta2
-        for arena, (products, missing), mean, spread in zip(
+        """Move the averages towards what was read, unless it is not finite."""
+        finite = None if self._checked else self._finite()
+        everything = zip(
             self._arenas, self._read, self._sensitivity, self._uncertainty, strict=True
-        ):
-            runs = arena.runs(missing) if missing else [...]
-            for run in runs:
-                step = products[run]
-                mean[run].lerp_(step, keep1)
-                spread[run].lerp_(_distance_(step, mean[run]), keep2)
+        )
+        for place, (arena, (products, missing), mean, spread) in enumerate(everything):
+            moves = self._moves[place]
+            if finite is not None:
+                # A weight of zero keeps an average only from what is finite.
+                products.nan_to_num_(nan=0, posinf=0)
+                moves = moves * finite.to(arena.device)
+            move1, move2 = moves.unbind()
+            if missing:
+                present = self._weights(missing)[place]
+                move1, move2 = move1 * present, move2 * present
+            mean.lerp_(products, move1)
+            spread.lerp_(_distance_(products, mean), move2)
         self._read = []
+
+    def _weights(self, missing: set[str]) -> list[Tensor]:
+        """Return 1 for what has a gradient, else 0, flat; kept, since it is mostly the same."""
+        if self._present[0] != missing:
+            self._present = missing, [arena.present(missing) for arena in self._arenas]
+        return self._present[1]
 
     def scores(self) -> Tensor:
         """Return the score of every component."""
@@ -125,10 +156,10 @@ class Averages:
         """Restore what `state_dict` returned.
 
         Raises:
-            BudgetError: it is of other factors, or of another score.
+            BudgetError: it is of other factors or another process's part, or of another score.
         """
         check_keys(state, self.state_dict())
-        check_same(list(state["of"]), self._contents(), "(role, names, shape)")
+        check_same(list(state["of"]), self._contents(), "(role, names, shape, start)")
         for field, flats in (
             ("sensitivity", self._sensitivity),
             ("uncertainty", self._uncertainty),
@@ -138,11 +169,7 @@ class Averages:
         self._read = []
 
     def _contents(self) -> list[list[Any]]:
-        return [
-            [block.role, list(block.names), list(block.shape)]
-            for arena in self._arenas
-            for block in arena.blocks
-        ]
+        return [block.contents for arena in self._arenas for block in arena.blocks]
 
 
 def _distance_(values: Tensor, others: Tensor) -> Tensor:
@@ -157,5 +184,9 @@ def _distance_(values: Tensor, others: Tensor) -> Tensor:
 
 
 def _over_width(block: Block, values: Tensor) -> Tensor:
-    """Return the sum over the width, (matrices, rows)."""
-    return values if block.role == "lam" else values.sum(-1 if block.last else -2)
+    """Return the mean over the width held, (matrices, rows)."""
+    if block.role == "lam":
+        return values
+    width = -1 if block.last else -2
+    # Of a shard without a part of the width the sum is zero, but the mean is not a number.
+    return values.mean(width) if block.held else values.sum(width)

@@ -1,7 +1,8 @@
 """The factors of many matrices as few stacks, read together whatever holds them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,17 @@ class Block:
     def first(self) -> int:
         """The first component held."""
         return self.shard.start if self.shard and self.shard.by_component else 0
+
+    @property
+    def contents(self) -> list[Any]:
+        """What it holds, as plain values: role, names, shape, where its shard starts."""
+        start = self.shard.start if self.shard else 0
+        return [self.role, list(self.names), list(self.shape), start]
+
+    @property
+    def held(self) -> int:
+        """How much of the width is held."""
+        return self.numel // max(1, len(self.names) * self.rows)
 
     @property
     def numel(self) -> int:
@@ -167,6 +179,7 @@ class Arena:
         """
         missing: set[str] = set()
         read: list[tuple[Tensor, Tensor, Tensor]] = []
+        absent: list[Tensor] = []
         for block, part, places in zip(self.blocks, self._parts, self._places, strict=True):
             values, grads = block.read()
             if block.stacked and grads[0] is not None:
@@ -176,29 +189,23 @@ class Arena:
             for name, place, value, grad in rows:
                 if grad is None:
                     missing.add(name)
-                    place.zero_()
+                    absent.append(place)
                 else:
                     read.append((place, value, grad))
         if read:
             targets, factors, slopes = (list(tensors) for tensors in zip(*read, strict=True))
             torch._foreach_copy_(targets, slopes)
             torch._foreach_mul_(targets, factors)
+        if absent:
+            torch._foreach_zero_(absent)
         return self.products.abs_(), missing
 
-    def runs(self, missing: set[str]) -> list[slice]:
-        """Return the parts of a flat buffer that belong to no matrix of ``missing``."""
-        runs: list[slice] = []
-        start = 0
-        for block in self.blocks:
-            size = block.numel // max(1, len(block.names))
-            for name in block.names:
-                if name not in missing:
-                    if runs and runs[-1].stop == start:
-                        runs[-1] = slice(runs[-1].start, start + size)
-                    else:
-                        runs.append(slice(start, start + size))
-                start += size
-        return runs
+    def present(self, missing: Collection[str]) -> Tensor:
+        """Return 1 for the numbers of each matrix, 0 for those of ``missing``, flat."""
+        listed = [(name not in missing, block) for block in self.blocks for name in block.names]
+        weights = torch.tensor([float(here) for here, _ in listed], dtype=self.dtype)
+        sizes = torch.tensor([block.numel // len(block.names) for _, block in listed])
+        return weights.repeat_interleave(sizes).to(self.device)
 
 
 def _multiply_(place: Tensor, value: Tensor, grad: Tensor) -> None:
@@ -220,9 +227,9 @@ def arenas_of(blocks: Sequence[Block]) -> list[Arena]:
 class Gather:
     """Brings numbers per component, block by block, into the one order of all components.
 
-    A component has one number from each role; their means over the width are added. The sum over
-    the shards of a role runs over all processes, and is the same on each. ``order``: the rank of
-    each matrix, in order.
+    A component has one number from each role, the mean over the width; these are added. The sum
+    over the shards of a role runs over all processes, and is the same on each. ``order``: the rank
+    of each matrix, in order.
     """
 
     def __init__(self, blocks: Sequence[Block], order: Mapping[str, int]) -> None:
@@ -243,7 +250,7 @@ class Gather:
                 places = slice(starts[name] + block.first, starts[name] + block.first + block.rows)
                 row = present.index(block.role)
                 table[row, places] = torch.arange(position, position + block.rows)
-                weights[row, places] = 1 / block.width
+                weights[row, places] = block.held / block.width
                 position += block.rows
                 # All of it, for the sum must be over the same components on all processes.
                 whole = slice(starts[name], starts[name] + order[name])
@@ -260,19 +267,20 @@ class Gather:
         self._sharded = sharded.to(self.device) if groups else None
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return (components,) from sums over the width, (matrices, rows), of each block."""
+        """Return (components,) from means over the width held, (matrices, rows), of each block."""
         flat = [part.reshape(-1).to(self.device) for part in parts]
-        scores = torch.cat([*flat, self._none])[self._table] * self._weights
+        scores = torch.cat([*flat, self._none])[self._table]
         if self._sharded is None:
             return scores.sum(0)
+        scores = scores * self._weights
         shared = torch.where(self._sharded, scores, 0).sum(0)
         torch.distributed.all_reduce(shared, group=self._group)
         return shared + torch.where(self._sharded, 0, scores).sum(0)
 
-    def agree(self, finite: bool) -> bool:
-        """Return whether it is so on every process that holds a part."""
+    def agree(self, finite: Tensor) -> Tensor:
+        """Return whether it is so on every process that holds a part, without a read."""
         if self._sharded is None:
             return finite
-        flag = torch.tensor(float(finite), device=self.device)
+        flag = finite.to(torch.float32)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=self._group)
-        return bool(flag)
+        return flag > 0

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 from rank_budget.allocator import RankAllocator
+from rank_budget.errors import require, require_whole
 from rank_budget.schedules import Schedule
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -64,6 +65,9 @@ def schedule_table(schedule: Schedule, total_steps: int, rows: int = 12) -> str:
 
     ``rows``: the most lines; of more changes, some in the middle are left out.
 
+    Raises:
+        BudgetError: fewer than two rows.
+
     >>> from rank_budget import FixedPruning
     >>> print(schedule_table(FixedPruning(initial=8, budget=4, count=2, interval=100), 1000))
       step  budget
@@ -72,6 +76,8 @@ def schedule_table(schedule: Schedule, total_steps: int, rows: int = 12) -> str:
        200       4
       1000       4
     """
+    require_whole("rows", rows)
+    require(rows >= 2, "rows", rows, "must be at least 2, for the start and the end")
     changes = changes_of(schedule, total_steps)
     if changes[-1][0] != total_steps:
         changes.append((total_steps, changes[-1][1]))

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from typing import ClassVar, Self
 
-from rank_budget.errors import BudgetError, require
+from rank_budget.errors import BudgetError, require, require_whole
 
 
 class Phased:
@@ -21,6 +21,10 @@ class Phased:
     _phases: ClassVar[tuple[str, ...]] = ()
 
     def _check(self, *, grows: bool = False) -> None:
+        for name in ("initial", "final", "interval"):
+            require_whole(name, getattr(self, name))
+        if self.total_steps is not None:
+            require_whole("total_steps", self.total_steps)
         require(self.initial >= int(not grows), "initial", self.initial, "must be at least 1")
         if grows:
             rule = f"must be at least initial = {self.initial}"
@@ -36,6 +40,7 @@ class Phased:
             if isinstance(value, float):
                 require(0 <= value < 1, field, value, "a fraction must be 0.0 or more and below 1")
             else:
+                require_whole(field, value)
                 require(value >= 0, field, value, "must be 0 or more steps")
 
     def _steps(self, field: str) -> int:

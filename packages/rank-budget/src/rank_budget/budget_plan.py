@@ -6,11 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rank_budget.arrange import Limits, shares
 from rank_budget.costs import Cost, ranks
 from rank_budget.errors import BudgetError
+from rank_budget.layout import Limits, shares
 from rank_budget.roster import Roster
 from rank_budget.schedules import Schedule
+from rank_budget.selection import Layout, grow_to_budget, prune_to_budget
 
 Direction = Literal["prune", "regrow", "grow"]
 DIRECTIONS = ("prune", "regrow", "grow")
@@ -66,6 +67,16 @@ class Plan:
         if len(self._parts) == 1:
             return budget
         return torch.tensor(shares(budget, self._parts), device=self._device)
+
+    def choose(
+        self, scores: Tensor, before: Tensor, layout: Layout, budget: int, spared: Tensor | None
+    ) -> Tensor:
+        """Return what lives of (components,) when the budget is met anew; see `prune_to_budget`."""
+        shares = self.shares(budget)
+        if self.direction == "grow":
+            return grow_to_budget(scores, before, layout, shares)
+        pool = torch.ones_like(before) if self.direction == "regrow" else before
+        return prune_to_budget(scores, pool, layout, shares, spared)
 
     def set_total_steps(self, total_steps: int) -> None:
         """Tell a schedule the length of the training, and check that it ends within it.
