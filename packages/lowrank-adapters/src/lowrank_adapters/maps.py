@@ -71,7 +71,8 @@ class LinearMap(_Matrix):
             return alone
         # Rounding with the bias takes least from a large product; float16 ends at 65504.
         scale = 2.0**6 if rows.dtype is torch.float16 else 2.0**16
-        y: Tensor = (module(rows * scale) - bias) / scale
+        y: Tensor = module(rows * scale)
+        y = (y - bias.to(y.dtype)) / scale
         return y
 
     def orient(self, weight: Tensor) -> Tensor:
