@@ -123,10 +123,7 @@ class ConvolutionMap(_Matrix):
 
 @dataclass(frozen=True)
 class EmbeddingMap(_Matrix):
-    """A look-up, which is y = x Wᵀ for x of one ``scale`` among ``in_width`` entries.
-
-    ``scale``: what the module multiplies what it looked up by.
-    """
+    """A look-up, which is y = x Wᵀ for x of one number, the module's ``scale``, among zeros."""
 
     in_width: int
     out_width: int
