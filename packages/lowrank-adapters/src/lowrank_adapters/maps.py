@@ -65,15 +65,14 @@ class LinearMap(_Matrix):
             return rows @ module.get_parameter("weight")
         if type(module) is nn.Linear:
             return functional.linear(rows, module.weight)
-        bias = getattr(module, "bias", None)
+        bias: Tensor | None = getattr(module, "bias", None)
         if bias is None:
             alone: Tensor = module(rows)
             return alone
         # Rounding with the bias takes least from a large product; float16 ends at 65504.
         scale = 2.0**6 if rows.dtype is torch.float16 else 2.0**16
         y: Tensor = module(rows * scale)
-        y = (y - bias.to(y.dtype)) / scale
-        return y
+        return (y - bias.to(y.dtype)) / scale
 
     def orient(self, weight: Tensor) -> Tensor:
         """Return the weight, transposed where the module keeps it so."""
