@@ -65,14 +65,14 @@ class LinearMap(_Matrix):
             return rows @ module.get_parameter("weight")
         if type(module) is nn.Linear:
             return functional.linear(rows, module.weight)
-        bias = getattr(module, "bias", None)
+        bias: Tensor | None = getattr(module, "bias", None)
         if bias is None:
             alone: Tensor = module(rows)
             return alone
         # Rounding with the bias takes least from a large product; float16 ends at 65504.
         scale = 2.0**6 if rows.dtype is torch.float16 else 2.0**16
-        y: Tensor = (module(rows * scale) - bias) / scale
-        return y
+        y: Tensor = module(rows * scale)
+        return (y - bias.to(y.dtype)) / scale
 
     def orient(self, weight: Tensor) -> Tensor:
         """Return the weight, transposed where the module keeps it so."""
@@ -122,10 +122,7 @@ class ConvolutionMap(_Matrix):
 
 @dataclass(frozen=True)
 class EmbeddingMap(_Matrix):
-    """A look-up, which is y = x Wᵀ for x of one ``scale`` among ``in_width`` entries.
-
-    ``scale``: what the module multiplies what it looked up by.
-    """
+    """A look-up, which is y = x Wᵀ for x of one number, the module's ``scale``, among zeros."""
 
     in_width: int
     out_width: int
