@@ -43,3 +43,22 @@ def test_features_are_a_context():
     generated.refresh(name_features(NAMES))
     flat = leaves["p"][0].flatten(1)
     assert (torch.cdist(flat, flat) + 9 * torch.eye(15)).min() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float64])
+def test_a_context_of_another_dtype_is_converted(dtype):
+    leaf = torch.randn(2, 3, 4)
+    generated = GeneratedParameters({"p": [leaf]}, config=AttentionConfig(8, 2, 8), context_width=2)
+    generated.refresh(torch.tensor([1.0, 2.0]))
+    expected = leaf.clone()
+    generated.refresh(torch.tensor([1, 2], dtype=dtype))
+    assert torch.equal(leaf, expected)
+
+
+def test_a_context_on_another_device_is_moved():
+    leaf = torch.empty(2, 3, 4, device="meta")
+    generated = GeneratedParameters({"p": [leaf]}, config=AttentionConfig(8, 2, 8), context_width=2)
+    for context in (torch.ones(2), torch.ones(2, 2)):
+        generated.refresh(context)
+        (value,) = generated.generate(context)["p"]
+        assert value.is_meta

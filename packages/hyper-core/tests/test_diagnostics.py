@@ -109,3 +109,11 @@ def test_a_healthy_start_and_few_numbers_are_not_warned_of(recwarn):
     diagnose(made(torch.ones(5, 4, 1), zero_start={"w"}))
     diagnose(made(torch.ones(5, 4, 1)))
     assert not list(recwarn)
+
+
+def test_a_small_group_does_not_hide_the_collapse_of_a_large_one():
+    equal = nn.Parameter(torch.randn(1, 4, 8).expand(5, -1, -1).clone())
+    small = nn.Parameter(torch.randn(40, 2, 4))
+    generated = GeneratedParameters({"w": [equal, small]}, config=CONFIG, state="static")
+    with pytest.warns(UserWarning, match="absolute cosine of 1.00"):
+        diagnose(generated)

@@ -1,7 +1,11 @@
 """Importing the package imports no sibling and no trainer, shown in a fresh process."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
+
+import hyper_core
 
 FORBIDDEN = ("lowrank_adapters", "rank_budget", "hyper_tune", "transformers", "torchtune")
 
@@ -17,6 +21,19 @@ def forbidden_after(statement, cwd):
 
 def test_hyper_core_imports_no_sibling(tmp_path):
     assert forbidden_after("import hyper_core", tmp_path) == []
+
+
+def test_hyper_core_needs_torch_alone():
+    """Of what its files import, and not of what torch itself loads."""
+    package = Path(hyper_core.__file__).parent
+    imported = set()
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    assert imported - set(sys.stdlib_module_names) == {"torch", "hyper_core"}
 
 
 def test_the_check_can_fail(tmp_path):

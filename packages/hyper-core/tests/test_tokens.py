@@ -131,3 +131,16 @@ def test_scalars_are_vectors_of_a_number_each(shapes):
         assert torch.equal(one.grad, other.grad)
     for name in ("state_lam_0", "order_lam"):
         torch.testing.assert_close(pair[0].get_buffer(name), pair[1].get_buffer(name))
+
+
+def test_scores_count_each_matrix_and_the_places_that_unequal_sharing_fills():
+    leaves = {"p": [torch.randn(4, 3, 4)]}
+    of_one = 4 * 2 * 3**2  # bytes, heads and pairs of tokens
+    for sharing, places in (("all", 4), ("each", 4), ([0, 0, 1, 1], 4), ([0, 0, 0, 1], 6)):
+        for limit in (places * of_one, places * of_one - 1):
+            config = AttentionConfig(4, 2, 5, max_score_bytes=limit)
+            if limit == places * of_one:
+                GeneratedParameters(leaves, config=config, sharing=sharing)
+                continue
+            with pytest.raises(HyperError, match=f"in each of {places} matrices has"):
+                GeneratedParameters(leaves, config=config, sharing=sharing)

@@ -1,10 +1,23 @@
-"""Hypernetworks generate the factors of torchtune's LoRA model, in a few lines."""
+"""Hypernetworks generate the factors of torchtune's LoRA model, in hyper-core's few lines."""
+
+import re
+from pathlib import Path
 
 import torch
 from torchtune.models.llama3_2 import lora_llama3_2
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from hyper_core import GeneratedParameters
+
+README = Path(__file__).parents[3] / "packages/hyper-core/README.md"
+
+
+def hyperize(model):
+    """Run the function of the README."""
+    (code,) = re.findall(r"```python\n(def hyperize.*?)```", README.read_text(), flags=re.DOTALL)
+    names = {"GeneratedParameters": GeneratedParameters}
+    exec(compile(code, str(README), "exec"), names)
+    return names["hyperize"](model)
 
 
 def tiny_lora_llama():
@@ -32,16 +45,11 @@ def test_a_lora_model_of_torchtune_starts_as_its_base_and_trains():
     with torch.no_grad():
         base = model(tokens)  # lora_b is zero
     factors = get_adapter_params(model)
-    a = [p for name, p in factors.items() if name.endswith("lora_a.weight")]
     b = [p for name, p in factors.items() if name.endswith("lora_b.weight")]
-    assert len(a) == len(b) == len(factors) / 2 > 0
-    generated = GeneratedParameters(
-        {"a": a, "b": b},
-        config="attention-small",
-        tokens={"b": "columns"},
-        outputs={"a": "unit_rows"},
-        zero_start={"b"},
-    )
+    generated = hyperize(model)
+    leaves = {id(leaf) for group in generated.groups for leaf in group.leaves}
+    assert leaves == {id(factor) for factor in factors.values()}
+    assert {id(p) for group in generated.groups_of("b") for p in group.leaves} == set(map(id, b))
     optimizer = torch.optim.Adam(generated.parameters(), lr=3e-3)
     losses = []
     for step in range(60):
@@ -56,7 +64,6 @@ def test_a_lora_model_of_torchtune_starts_as_its_base_and_trains():
         generated.backward()
         optimizer.step()
         generated.commit()
-        model.zero_grad()
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]

@@ -59,8 +59,8 @@ def diagnose(generated: GeneratedParameters, context: Context = None) -> Diagnos
     H(P) here is the value that `GeneratedParameters.refresh` would write, P the state; for the
     static state their difference is the whole update. Changes nothing.
 
-    Warns of collapse, where the matrices of a role are nearly the same (cosine above 0.5) or
-    their components are (effective rank r with (r − 1) below an eighth of the full rank's), and of
+    Warns of collapse, where matrices of 16 numbers and more are nearly the same (cosine above 0.5)
+    or their components (effective rank r with (r − 1) below an eighth of the full rank's), and of
     explosion (tokens 100 times their norm, or values that are not finite).
 
     Raises:
@@ -148,16 +148,18 @@ def _mean(parts: Sequence[Tensor]) -> Tensor:
 
 def _findings(name: str, role: RoleDiagnosis, values: Sequence[Tensor]) -> list[str]:
     texts = []
-    numbers = min(stack[0].numel() for stack in values)
+    telling = [stack for stack in values if stack[0].numel() >= _NUMBERS_THAT_TELL]
+    finite = [torch.where(stack.isfinite(), stack, 0.0) for stack in telling]
+    cosine = _mean([cosine_between(stack) for stack in finite]).item() if finite else 0.0
     if not role.token_norm < _EXPLODED_NORM:
         texts.append(
             f"the tokens of {name!r} have {role.token_norm:.3g} times their norm, expected less "
             f"than {_EXPLODED_NORM:g}: the recursion explodes; make the output 'unit_rows' or "
             "'orthonormal', take state='static' or 'damped', or lower the learning rate."
         )
-    if numbers >= _NUMBERS_THAT_TELL and role.cosine > _COLLAPSED_COSINE:
+    if cosine > _COLLAPSED_COSINE:
         texts.append(
-            f"the matrices of {name!r} have a mean absolute cosine of {role.cosine:.2f} to one "
+            f"the matrices of {name!r} have a mean absolute cosine of {cosine:.2f} to one "
             f"another, expected at most {_COLLAPSED_COSINE}: they collapse into one; keep "
             "the embeddings, take state='static', sharing='each' or a lower learning "
             "rate of the body."

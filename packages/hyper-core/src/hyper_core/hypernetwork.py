@@ -1,5 +1,6 @@
 """A network that writes tokens from tokens, for one role and all of its matrices."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise
 
@@ -24,10 +25,11 @@ class Hypernetwork(nn.Module):
 
     ``shapes``: (matrices, tokens, width) of each stack. ``sharing``: "all" matrices have one
     network, "each" its own, or a label per matrix, through the stacks: equal labels share. Every
-    weight has the networks that use it as its first dimension, and all of them run in one batch.
+    weight has the networks that use it as its first dimension, and all of them run in one batch,
+    which costs as much as if each had as many matrices as the largest: share about equally.
     ``embeddings``: add a learned vector e for each token of each matrix: without it nothing tells
-    them apart. ``context_width``: the size of c, a
-    vector per matrix given to `forward`; 0 for none. ``zero_output``: start with output 0.
+    them apart. ``context_width``: the size of c, a vector per matrix given to `forward`;
+    0 for none. ``zero_output``: start with output 0.
     ``body_dtype``: the body runs under autocast in this dtype; projections and weights keep theirs.
 
     Gradient: to all weights and to the input. Saved: all weights.
@@ -82,7 +84,7 @@ class Hypernetwork(nn.Module):
         self.networks = max(networks) + 1
         ends = list(accumulate(counts, initial=0))
         by_stack = [networks[start:end] for start, end in pairwise(ends)]
-        self.batches = self._batches(config)
+        self.batches = self._batches(by_stack, config)
         self._make_projections(by_stack, config)
         self.embedding: nn.Parameter | None = None
         if embeddings:
@@ -98,12 +100,16 @@ class Hypernetwork(nn.Module):
         )
         self._start(config.output_width, zero_output)
 
-    def _batches(self, config: BodyConfig) -> list[list[int]]:
-        """Return the stacks with equally many tokens, which go through the body together."""
+    def _batches(self, by_stack: list[list[int]], config: BodyConfig) -> list[list[int]]:
+        """Return the stacks with equally many tokens, which go through the body together.
+
+        Each network that has any of their matrices has as many places as the largest has matrices.
+        """
         batches = []
         for tokens in sorted({tokens for _, tokens, _ in self.shapes}):
             members = [i for i, shape in enumerate(self.shapes) if shape[1] == tokens]
-            config.check_tokens(sum(self.shapes[i][0] for i in members), tokens)
+            counts = Counter(chain.from_iterable(by_stack[i] for i in members))
+            config.check_tokens(len(counts) * max(counts.values()), tokens)
             batches.append(members)
         return batches
 
