@@ -161,6 +161,16 @@ def test_layers_compacted_while_an_allocator_still_prunes_are_refused(kit):
     assert "when the allocator was made; make a new one." in text
 
 
+def test_no_state_is_loaded_into_compacted_layers(kit):
+    _, optimizer, layers, allocator = pruned_model(OPTIMIZERS[0])
+    state = copy.deepcopy(allocator.state_dict())
+    compact_(layers, allocator.masks(), optimizer)
+    state["steps"] = 99
+    text = kit.error_text(allocator.load_state_dict, state)
+    assert "when the allocator was made; make a new one." in text
+    assert allocator.steps == 3
+
+
 def test_an_allocator_of_the_larger_factors_is_done(kit):
     model, optimizer, layers, allocator = pruned_model(OPTIMIZERS[0])
     compact_(layers, allocator.masks(), optimizer)

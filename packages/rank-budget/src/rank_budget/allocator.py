@@ -274,8 +274,10 @@ class RankAllocator:
         The model's own state may be loaded before or after; both before the first step.
 
         Raises:
-            BudgetError: the state is of other matrices or another score.
+            BudgetError: the state is of other matrices or another score, or layers are compacted.
         """
+        for block in self._roster.blocks:
+            block.read()  # Refuses layers that have become smaller, before anything is changed.
         here = [[name, rank] for name, rank in self._roster.ranks.items()]
         check_same(state["matrices"], here, "(name, rank)")
         check_alive(state["alive"], self._alive, state["budget"] if self._layout.even else None)
