@@ -112,12 +112,22 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
 
     The file's metadata say of each layer its kind, the shape of its base, its rank and its scaling.
     A file that is there is replaced once the new one is on the disk.
+
+    Raises:
+        AdapterError: the model has no low-rank layer, or a tensor is not finite; a file that is
+            there stays.
     """
     path = Path(folder) / FILE
+    own = adapter_state_dict(model)
+    if not own:
+        raise AdapterError(f"there are no layers to save to {path}; inject adapters first.")
+    for name, tensor in own.items():
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{name} has values that are not finite; nothing was written.")
     # Copies: layers may share a mask, and safetensors takes no two tensors of one storage.
     state = {
         name: tensor.to("cpu", copy=True).contiguous()
-        for name, tensor in adapter_state_dict(model).items()
+        for name, tensor in own.items()
     }
     metadata = {"format": _FORMAT, "layers": json.dumps(_description(model))}
     replace_file(path, lambda temporary: save_file(state, temporary, metadata=metadata))

@@ -15,7 +15,10 @@ def generate(
         list[str] | None, typer.Argument(help="Questions; each line of the input without any.")
     ] = None,
     *,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of an answer, at most; 256, or what there is room for."),
+    ] = None,
     temperature: Annotated[
         float, typer.Option(min=0, help="0 takes the likeliest token each time.")
     ] = 0.0,

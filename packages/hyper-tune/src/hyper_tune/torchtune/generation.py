@@ -13,11 +13,20 @@ from hyper_tune.torchtune.evaluate import answer_text, prompt_tokens
 from hyper_tune.torchtune.trained import TrainedRun
 
 
+_NEW_TOKENS = 256
+
+
 def answers(
-    run: TrainedRun, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, seed: int
+    run: TrainedRun,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int | None,
+    temperature: float,
+    seed: int,
 ) -> list[str]:
     """Load the base, and return the answer to each prompt, up to the token that ends it.
 
+    ``max_new_tokens``: None takes 256, or as many as the longest prompt leaves room for.
     ``temperature``: 0 takes the likeliest token each time. The same seed gives the same answers.
 
     Raises:
@@ -28,7 +37,10 @@ def answers(
     tokenizer = build_tokenizer(run.settings.tokenizer)
     asked = [prompt_tokens(tokenizer, [Message(role="user", content=text)]) for text in prompts]
     model, device = run.model, run.device
-    longest = max(map(len, asked)) + max_new_tokens
+    prompt = max(map(len, asked))
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(_NEW_TOKENS, model.max_seq_len - prompt))
+    longest = prompt + max_new_tokens
     if longest > model.max_seq_len:
         raise UserError(
             f"the longest prompt and its answer take {longest} tokens, but the model reads "

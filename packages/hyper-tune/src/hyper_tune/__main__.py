@@ -1,0 +1,7 @@
+"""`python -m hyper_tune`: the command `hyper-tune`."""
+
+import sys
+
+from hyper_tune.cli.main import main
+
+sys.exit(main())
