@@ -253,6 +253,7 @@ def test_generate_answers_as_the_exported_model_does(
     folder, merged = tmp_path / "run", tmp_path / "merged"
     questions = ["What is 3 plus 9?", "Why?"]
     printed = said("generate", folder, *questions, "--max-new-tokens", 12)
+    assert said("generate", folder, questions[0])  # as long as there is room for
     said("export", folder, merged, "--format", "merged")
 
     opened = open_trained(folder)

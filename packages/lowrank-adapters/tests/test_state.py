@@ -10,6 +10,7 @@ from torch import nn
 
 from lowrank_adapters import (
     SVD,
+    AdapterError,
     DoRA,
     DyLoRA,
     FactorStack,
@@ -129,6 +130,21 @@ def test_saving_again_replaces_the_file(kit, tmp_path):
         layers["layers.0.q_proj"].lam.fill_(5)
     path = save_adapter(model, tmp_path)
     assert (load_file(path)["layers.0.q_proj.lam"] == 5).all()
+    assert names_in(tmp_path) == [FILE]
+
+
+def test_what_could_not_be_loaded_is_not_saved_over_what_can(kit, tmp_path):
+    model, layers = kit.adapted()
+    before = save_adapter(model, tmp_path).read_bytes()
+    with torch.no_grad():
+        layers["layers.0.q_proj"].lam[1] = float("nan")
+    with pytest.raises(
+        AdapterError, match=r"layers\.0\.q_proj\.lam has values that are not finite"
+    ):
+        save_adapter(model, tmp_path)
+    with pytest.raises(AdapterError, match="there are no layers to save to"):
+        save_adapter(nn.Sequential(nn.Linear(2, 2)), tmp_path)
+    assert (tmp_path / FILE).read_bytes() == before
     assert names_in(tmp_path) == [FILE]
 
 

@@ -42,7 +42,8 @@ class RoleDiagnosis:
 class Diagnosis:
     """Figures by role, and what they warn of, each with what to change.
 
-    It is made by `diagnose`.
+    Raises:
+        HyperError: never; it is made by `diagnose`.
 
     >>> Diagnosis(roles={}, warnings=()).warnings
     ()

@@ -16,7 +16,8 @@ _NETWORKS = "hypernetworks."
 class Reuse:
     """What was carried over, and what starts afresh and why, by name in the state dict.
 
-    It is made by `reuse_`.
+    Raises:
+        HyperError: never; it is made by `reuse_`.
 
     >>> print(Reuse(carried=("hypernetworks.p.inputs.768.weight",), fresh={"state_p_0": "its own"}))
     1 tensor carried over; 1 starts afresh:

@@ -125,10 +125,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         if not tensor.isfinite().all():
             raise AdapterError(f"{name} has values that are not finite; nothing was written.")
     # Copies: layers may share a mask, and safetensors takes no two tensors of one storage.
-    state = {
-        name: tensor.to("cpu", copy=True).contiguous()
-        for name, tensor in own.items()
-    }
+    state = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in own.items()}
     metadata = {"format": _FORMAT, "layers": json.dumps(_description(model))}
     replace_file(path, lambda temporary: save_file(state, temporary, metadata=metadata))
     return path

@@ -12,7 +12,6 @@ from hyper_tune.torchtune.components import build_tokenizer
 from hyper_tune.torchtune.evaluate import answer_text, prompt_tokens
 from hyper_tune.torchtune.trained import TrainedRun
 
-
 _NEW_TOKENS = 256
 
 
