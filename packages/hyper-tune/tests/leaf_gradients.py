@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.func import functional_call
 
-from hyper_tune import MethodConfig, assemble
+from hyper_tune import MethodConfig, assemble, parallel
 from hyper_tune.assembly import Assembly
 from hyper_tune.method import HypernetworkSettings
 from hyper_tune.parallel import shard_base_
@@ -175,8 +175,7 @@ def main(output: Path) -> None:
                 results[f"{state}|end-to-end|{name}"] = value.contiguous()
     if not distributed or dist.get_rank() == 0:
         save_file(results, output)
-    if distributed:
-        dist.destroy_process_group()
+    parallel.stop()
 
 
 if __name__ == "__main__":

@@ -36,9 +36,8 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def main(config: str, folder: Path) -> None:
-    """Write what this rank's second step does."""
-    torch.set_num_threads(1)
+def seen_of(config: str) -> dict[str, Any]:
+    """Return what this rank's third step does."""
     settings = RecipeSettings.from_config(OmegaConf.load(config))
     with FineTuning(settings) as run:
         factors = {id(leaf) for leaf in run.method.stack.leaf_parameters()}
@@ -48,15 +47,21 @@ def main(config: str, folder: Path) -> None:
         with Collectives() as collectives:
             run._optimize()
         run.step += 1
-        seen = {
+        return {
             "length": len(run.data[0]["tokens"]),
             "base": sum(p.to_local().nbytes for p in base),
             "filled": collectives.filled,
             "working": allocated_at_most(run._optimize),
+            "rank": parallel.rank(),
         }
-        name = f"{parallel.rank()}.json"
+
+
+def main(config: str, folder: Path) -> None:
+    """Write what this rank saw."""
+    torch.set_num_threads(1)
+    seen = seen_of(config)
     parallel.stop()
-    (folder / name).write_text(json.dumps(seen))
+    (folder / f"{seen['rank']}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":

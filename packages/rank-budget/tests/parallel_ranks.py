@@ -3,6 +3,7 @@
 Run by torchrun: `parallel_ranks.py FOLDER` writes FOLDER/RANK.json.
 """
 
+import gc
 import json
 import os
 import sys
@@ -189,6 +190,7 @@ def main(folder):
     seen = {case.__name__: case() for case in cases}
     seen["sharded"], seen["parts"], seen["compact"] = seen["sharded"]
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(seen))
+    gc.collect()  # a sharded model that is freed after the group may abort the process
     dist.destroy_process_group()
 
 

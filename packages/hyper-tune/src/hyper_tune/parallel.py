@@ -1,5 +1,6 @@
 """One process or many: the reductions of a step, and the sharding of the frozen base."""
 
+import gc
 import os
 from collections.abc import Callable, Iterable
 
@@ -79,8 +80,11 @@ def start(device: torch.device) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the job, if there is one."""
+    """Leave the job, if there is one; sharded models should be out of use by then."""
     if dist.is_initialized():
+        # A sharded model holds the group: one that is freed when Python ends takes gloo's threads
+        # down with it, which now and then aborts a process that has finished its work.
+        gc.collect()
         dist.destroy_process_group()
 
 
