@@ -169,7 +169,7 @@ def test_unit_rows_arrive_with_unit_variance_and_leave_with_unit_norm(sharing):
         embeddings=False,
     )
     stacks = [torch.nn.functional.normalize(torch.randn(200, 3, w), dim=-1) for w in (64, 16)]
-    for stack, route in zip(stacks, network.routes, strict=True):
+    for stack, route in zip(stacks, network.layouts["all"].routes, strict=True):
         arrived = route(network.inputs[str(stack.shape[2])], stack)
         assert arrived.var().item() == pytest.approx(1.0, abs=0.05)
     for left in network(stacks):

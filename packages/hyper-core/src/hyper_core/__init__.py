@@ -11,6 +11,7 @@ from hyper_core.generated import GeneratedParameters
 from hyper_core.hypernetwork import Hypernetwork
 from hyper_core.presets import PRESETS
 from hyper_core.reuse import Reuse, reuse_
+from hyper_core.split import Split
 
 __all__ = [
     "PRESETS",
@@ -23,6 +24,7 @@ __all__ = [
     "Hypernetwork",
     "MLPConfig",
     "Reuse",
+    "Split",
     "diagnose",
     "name_features",
     "reuse_",

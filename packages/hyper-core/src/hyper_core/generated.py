@@ -21,6 +21,7 @@ from hyper_core.presets import find_config
 from hyper_core.recursion import Recursion, State
 from hyper_core.roles import resolve_roles
 from hyper_core.sharing import Sharing, networks_of
+from hyper_core.split import Split
 from hyper_core.tokens import Tokens, from_tokens, to_tokens, token_shape
 
 Normalisation = Literal["none", "token_rms"]
@@ -80,6 +81,7 @@ class GeneratedParameters(nn.Module):
 
     _refreshed: bool
     _pending: list[Tensor]
+    _split: Split | None
     _versions: list[list[int]]
     _averages: list[Tensor]
 
@@ -166,22 +168,27 @@ class GeneratedParameters(nn.Module):
         states = map(self.get_buffer, self._state_names)
         return [p for group, p in zip(self.groups, states, strict=True) if group.role == role]
 
-    def generate(self, context: Context = None) -> dict[str, list[Tensor]]:
+    def generate(
+        self, context: Context = None, split: Split | None = None
+    ) -> dict[str, list[Tensor]]:
         """Return the values of each group by role, in autograd's graph; changes nothing.
 
-        ``context``: as for `refresh`.
+        ``context``: as for `refresh`. ``split``: only of this share's matrices.
         """
         values = {}
         for name, network in self.hypernetworks.items():
             assert isinstance(network, Hypernetwork)
-            state = self.state_of(name)
+            state, only = self.state_of(name), None
+            if split is not None:
+                only = [split.bounds(len(stack)) for stack in state]
+                state = split.own(state)
             rows = context_rows(context, name, self.get_buffer(f"order_{name}"))
             rows = None if rows is None else rows.to(state[0].dtype)
             with naming_role(name):
-                values[name] = self.recursion.values(network, self.roles[name], state, rows)
+                values[name] = self.recursion.values(network, self.roles[name], state, rows, only)
         return values
 
-    def refresh(self, context: Context = None) -> None:
+    def refresh(self, context: Context = None, *, split: Split | None = None) -> None:
         """Write this step's values into the leaves, which must not change until `backward`.
 
         A function of weights, state and context alone: a second call writes the same values. Under
@@ -190,17 +197,21 @@ class GeneratedParameters(nn.Module):
         ``context``: for a ``context_width`` n, features (n,) of all matrices, or (matrices, n) in
         the order of the leaves; the same for all roles, or a mapping by role. It is an input, not
         a state: nothing of it is saved.
+        ``split``: the hypernetworks run on this share of the matrices, and the values of the rest
+        come from the processes that have the other shares, of equal weights, state and context.
 
         Raises:
             HyperError: a context where none was declared, none where it was, or a wrong shape.
         """
-        values = list(chain.from_iterable(self.generate(context).values()))
-        for group, rows in zip(self.groups, values, strict=True):
+        values = list(chain.from_iterable(self.generate(context, split).values()))
+        counts = [group.shape[0] for group in self.groups]
+        whole = values if split is None else split.exchange(values, counts)
+        for group, rows in zip(self.groups, whole, strict=True):
             group.write_(rows)
         self._forget()
         if torch.is_grad_enabled():
             self._refreshed = True
-            self._pending = values
+            self._pending, self._split = values, split
             self._versions = [group.versions() for group in self.groups]
 
     def backward(self, scale: float = 1.0) -> None:
@@ -208,6 +219,11 @@ class GeneratedParameters(nn.Module):
 
         ``scale``: what the loss was multiplied by, as `torch.amp.GradScaler.get_scale` says. The
         weights' gradients have it too, until the scaler takes it out; the averages do not.
+
+        After a split `refresh` this share's leaves alone give gradient: the sum of a weight's
+        ``.grad`` over the processes is that of an undivided step. Every weight has one then, of
+        zeros where the share does not reach it. The leaves' ``.grad`` must be the same in all
+        processes before: sum or average them over the processes first.
 
         Raises:
             HyperError: there was no `refresh`, a leaf has changed since, or has no gradient.
@@ -223,7 +239,15 @@ class GeneratedParameters(nn.Module):
             group.gradients().to(rows.device, rows.dtype)
             for group, rows in zip(self.groups, self._pending, strict=True)
         ]
-        torch.autograd.backward(self._pending, self._normalised(gradients, scale))
+        reached = self._normalised(gradients, scale)
+        if self._split is not None:
+            reached = self._split.own(reached)
+        own = [i for i, rows in enumerate(self._pending) if len(rows)]
+        torch.autograd.backward([self._pending[i] for i in own], [reached[i] for i in own])
+        if self._split is not None:
+            for weight in self.parameters():
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
         self._pending = []
 
     def _normalised(self, gradients: list[Tensor], scale: float) -> list[Tensor]:
@@ -271,6 +295,7 @@ class GeneratedParameters(nn.Module):
     def _forget(self) -> None:
         self._refreshed = False
         self._pending = []
+        self._split = None
         self._versions = []
         self._averages = []
 

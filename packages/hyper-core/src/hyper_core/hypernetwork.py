@@ -1,18 +1,18 @@
 """A network that writes tokens from tokens, for one role and all of its matrices."""
 
-from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
 
 from hyper_core.bodies.config import BodyConfig
 from hyper_core.errors import HyperError
+from hyper_core.layout import Layout, Shape
 from hyper_core.sharing import Route, Sharing, networks_of
 from hyper_core.stacked import StackedLayerNorm, StackedLinear
 
-Shape = tuple[int, int, int]
+Bounds = Sequence[tuple[int, int]]
 _EMBEDDING_VARIANCE = 2.0
 
 
@@ -83,9 +83,13 @@ class Hypernetwork(nn.Module):
         networks = networks_of(sharing, sum(counts))
         self.networks = max(networks) + 1
         ends = list(accumulate(counts, initial=0))
-        by_stack = [networks[start:end] for start, end in pairwise(ends)]
-        self.batches = self._batches(by_stack, config)
-        self._make_projections(by_stack, config)
+        self._by_stack = [networks[start:end] for start, end in pairwise(ends)]
+        self.layouts = nn.ModuleDict()
+        whole = self._layout(None)
+        for members, route in zip(whole.batches, whole.trunk_routes, strict=True):
+            assert isinstance(route, Route)
+            config.check_tokens(route.networks * route.each, self.shapes[members[0]][1])
+        self._make_projections(config)
         self.embedding: nn.Parameter | None = None
         if embeddings:
             tokens = sum(count * tokens for count, tokens, _ in self.shapes)
@@ -94,40 +98,36 @@ class Hypernetwork(nn.Module):
         if context_width:
             self.context = nn.Linear(context_width, config.input_width, bias=False)
         self.trunk = Trunk(self.networks, config, body_dtype)
-        self.trunk_routes = nn.ModuleList(
-            Route(list(chain.from_iterable(by_stack[i] for i in members)), range(self.networks))
-            for members in self.batches
-        )
         self._start(config.output_width, zero_output)
 
-    def _batches(self, by_stack: list[list[int]], config: BodyConfig) -> list[list[int]]:
-        """Return the stacks with equally many tokens, which go through the body together.
+    def _held(self) -> dict[int, list[int]]:
+        """Return by width the networks that have a matrix of it."""
+        held: dict[int, set[int]] = {}
+        for (_, _, width), networks in zip(self.shapes, self._by_stack, strict=True):
+            held.setdefault(width, set()).update(networks)
+        return {width: sorted(networks) for width, networks in sorted(held.items())}
 
-        Each network that has any of their matrices has as many places as the largest has matrices.
-        """
-        batches = []
-        for tokens in sorted({tokens for _, tokens, _ in self.shapes}):
-            members = [i for i, shape in enumerate(self.shapes) if shape[1] == tokens]
-            counts = Counter(chain.from_iterable(by_stack[i] for i in members))
-            config.check_tokens(len(counts) * max(counts.values()), tokens)
-            batches.append(members)
-        return batches
+    def _layout(self, only: Bounds | None) -> Layout:
+        """Return the layout of all matrices, or of those within ``only``, made once."""
+        name = "all" if only is None else repr(only)
+        if name not in self.layouts:
+            chosen = self._by_stack
+            if only is not None:
+                chosen = [own[a:b] for own, (a, b) in zip(chosen, only, strict=True)]
+            device = None if only is None else self.trunk.norm.weight.device
+            layout = Layout(self.shapes, chosen, self._held(), self.networks)
+            self.layouts[name] = layout.to(device)
+        found = self.layouts[name]
+        assert isinstance(found, Layout)
+        return found
 
-    def _make_projections(self, by_stack: list[list[int]], config: BodyConfig) -> None:
+    def _make_projections(self, config: BodyConfig) -> None:
         """Make W_in and W_out of each width, for the networks that have it."""
         self.inputs, self.outputs = nn.ModuleDict(), nn.ModuleDict()
-        held: dict[int, list[int]] = {}
-        for (_, _, width), networks in zip(self.shapes, by_stack, strict=True):
-            held.setdefault(width, []).extend(networks)
-        held = {width: sorted(set(networks)) for width, networks in sorted(held.items())}
-        for width, networks in held.items():
+        for width, networks in self._held().items():
             count, name = len(networks), str(width)
             self.inputs[name] = StackedLinear(count, width, config.input_width, bias=False)
             self.outputs[name] = StackedLinear(count, config.output_width, width)
-        self.routes = nn.ModuleList(
-            Route(networks, held[width])
-            for (_, _, width), networks in zip(self.shapes, by_stack, strict=True)
-        )
 
     @torch.no_grad()
     def _start(self, features: int, zero_output: bool) -> None:
@@ -141,42 +141,66 @@ class Hypernetwork(nn.Module):
             std = 0.0 if zero_output else (features * int(width)) ** -0.5
             projection.get_parameter("weight").normal_(std=std)
 
-    def forward(self, stacks: Sequence[Tensor], context: Tensor | None = None) -> list[Tensor]:
+    def forward(
+        self,
+        stacks: Sequence[Tensor],
+        context: Tensor | None = None,
+        only: Bounds | None = None,
+    ) -> list[Tensor]:
         """Return a stack for each of ``stacks``, of the same shape (matrices, tokens, width).
 
-        ``context``: (matrices, context_width), the matrices counted through the stacks.
+        ``context``: (matrices, context_width), of all matrices, counted through the stacks.
+        ``only``: for each stack the first of the matrices that it has, and the first after them;
+        what comes out for them does not depend on which others there are. All by default.
 
         Raises:
             HyperError: the shapes are not those that the network was made for.
         """
         got = [tuple(stack.shape) for stack in stacks]
-        if got != self.shapes:
+        bounds = only or [(0, count) for count, _, _ in self.shapes]
+        expected = [
+            (end - start, *shape[1:])
+            for (start, end), shape in zip(bounds, self.shapes, strict=True)
+        ]
+        if got != expected:
             raise HyperError(
-                f"stacks has the shapes {got}, expected {self.shapes}; make another Hypernetwork "
+                f"stacks has the shapes {got}, expected {expected}; make another Hypernetwork "
                 "for other shapes."
             )
-        mixed: list[Tensor | None] = [None] * len(stacks)
-        embedded = self._embed(stacks, context)
-        for members, route in zip(self.batches, self.trunk_routes, strict=True):
+        layout = self._layout(only)
+        embedded = self._embed(stacks, context, layout, bounds)
+        mixed = list(stacks)
+        for members, route in zip(layout.batches, layout.trunk_routes, strict=True):
             batch = route(self.trunk, torch.cat([embedded[i] for i in members]))
-            sizes = [self.shapes[i][0] for i in members]
+            sizes = [len(stacks[i]) for i in members]
             for i, part in zip(members, torch.split(batch, sizes), strict=True):
-                mixed[i] = self.routes[i](self.outputs[str(self.shapes[i][2])], part)
-        return [stack for stack in mixed if stack is not None]
+                mixed[i] = layout.routes[i](self.outputs[str(self.shapes[i][2])], part)
+        return mixed
 
-    def _embed(self, stacks: Sequence[Tensor], context: Tensor | None) -> list[Tensor]:
+    def _embed(
+        self, stacks: Sequence[Tensor], context: Tensor | None, layout: Layout, bounds: Bounds
+    ) -> list[Tensor]:
         embedded = [
-            route(self.inputs[str(stack.shape[2])], stack)
-            for route, stack in zip(self.routes, stacks, strict=True)
+            route(self.inputs[str(stack.shape[2])], stack) if len(stack) else stack
+            for route, stack in zip(layout.routes, stacks, strict=True)
         ]
+        added = []
         if self.embedding is not None:
-            sizes = [count * tokens for count, tokens, _ in self.shapes]
-            parts = torch.split(self.embedding, sizes)
-            embedded = [x + e.view_as(x) for x, e in zip(embedded, parts, strict=True)]
+            parts = torch.split(
+                self.embedding, [count * tokens for count, tokens, _ in self.shapes]
+            )
+            added.append(
+                [e.view(*shape[:2], -1) for e, shape in zip(parts, self.shapes, strict=True)]
+            )
         features = self._context_features(context)
         if features is not None:
-            by_stack = torch.split(features.unsqueeze(1), [count for count, _, _ in self.shapes])
-            embedded = [x + c for x, c in zip(embedded, by_stack, strict=True)]
+            counts = [count for count, _, _ in self.shapes]
+            added.append(list(torch.split(features.unsqueeze(1), counts)))
+        for terms in added:
+            embedded = [
+                x + term[start:end] if len(x) else x
+                for x, term, (start, end) in zip(embedded, terms, bounds, strict=True)
+            ]
         return embedded
 
     def _context_features(self, context: Tensor | None) -> Tensor | None:

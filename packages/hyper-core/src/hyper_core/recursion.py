@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyper_core.checks import check_choice, is_number
 from hyper_core.errors import HyperError
-from hyper_core.hypernetwork import Hypernetwork
+from hyper_core.hypernetwork import Bounds, Hypernetwork
 from hyper_core.outputs import constrain
 from hyper_core.roles import Role
 from hyper_core.tokens import from_tokens, to_tokens
@@ -49,16 +49,24 @@ class Recursion:
         return self.state == "static"
 
     def values(
-        self, network: Hypernetwork, role: Role, state: Sequence[Tensor], context: Tensor | None
+        self,
+        network: Hypernetwork,
+        role: Role,
+        state: Sequence[Tensor],
+        context: Tensor | None,
+        only: Bounds | None = None,
     ) -> list[Tensor]:
-        """Return the next values of each stack, (matrices, rows, columns), as ``state``."""
+        """Return the next values of each stack, (matrices, rows, columns), as ``state``.
+
+        ``context``, ``only``: as for `Hypernetwork.forward`; ``state`` is of those matrices.
+        """
         scales = [role.token_scale(*stack.shape[1:]) for stack in state]
         cut = [
             _scaled(to_tokens(stack, role.tokens), scale)
             for stack, scale in zip(state, scales, strict=True)
         ]
         with _without_autocast(cut[0].device.type):
-            written = network(cut, context)
+            written = network(cut, context, only)
             after = [
                 from_tokens(_scaled(part, 1 / scale), role.tokens, stack.shape[1])
                 for part, scale, stack in zip(written, scales, state, strict=True)
