@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from hyper_tune.errors import UserError
 
@@ -38,17 +39,24 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
 
 
 def shard_base_(
-    model: nn.Module, blocks: Iterable[nn.Module], leaves: Iterable[nn.Parameter]
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    leaves: Iterable[nn.Parameter],
+    mesh: DeviceMesh | None = None,
+    *,
+    offload: bool = False,
 ) -> None:
-    """Shard the frozen base over all ranks with FSDP2, block by block; the leaves stay whole.
+    """Shard the frozen base with FSDP2, block by block; the leaves stay whole.
 
     Every rank holds and reads all of ``leaves`` (the factors), whose gradients the training step
     reduces itself. A model on the meta device stays there until its weights are loaded.
+    ``mesh``: replicate x shard, or shard alone; all ranks without it. ``offload``: shards are in
+    the CPU's memory, and copied to the GPU for each use.
     """
     ignored = set(leaves)
-    for block in blocks:
-        fully_shard(block, ignored_params=ignored)
-    fully_shard(model, ignored_params=ignored)
+    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh, ignored_params=ignored, offload_policy=policy)
 
 
 def usable_device(name: str) -> torch.device:

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from hyper_tune.errors import UserError
+from hyper_tune.layout import BaseLayout, own_shard
 from hyper_tune.parallel import shard_base_, world_size
 from hyper_tune.torchtune.components import build
 from hyper_tune.torchtune.settings import RecipeSettings
+from hyper_tune.torchtune.weights import WeightFiles
 from lowrank_adapters import LowRankLinear, freeze_base_, inside_adapters
 
 _TOKENIZER_FILES = ("path", "merges_file", "special_tokens_path")
@@ -130,7 +133,10 @@ def build_on_meta(settings: RecipeSettings) -> TransformerDecoder:
 
 
 def prepare_(
-    model: TransformerDecoder, settings: RecipeSettings, leaves: Iterable[nn.Parameter]
+    model: TransformerDecoder,
+    settings: RecipeSettings,
+    leaves: Iterable[nn.Parameter],
+    device: torch.device,
 ) -> None:
     """Compile, checkpoint activations and shard, in torchtune's order, before any weights."""
     blocks = list(model.layers)
@@ -138,8 +144,20 @@ def prepare_(
         training.compile_model(model, verbose=False)
     if settings.enable_activation_checkpointing:
         training.set_activation_checkpointing(model, auto_wrap_policy={type(blocks[0])})
-    if world_size() > 1:
-        shard_base_(model, list(model.layers), leaves)
+    layout = base_layout(settings)
+    if layout.shard > 1:
+        offload = settings.fsdp_cpu_offload
+        shard_base_(model, list(model.layers), leaves, layout.mesh(device), offload=offload)
+
+
+def base_layout(settings: RecipeSettings) -> BaseLayout:
+    """Return how the base lies over the processes of this job.
+
+    Raises:
+        UserError: the settings ask for another number of processes.
+    """
+    shard, replicate = settings.data_parallel_shard_dim, settings.data_parallel_replicate_dim
+    return BaseLayout.of(world_size(), shard, replicate)
 
 
 def load_(
@@ -150,18 +168,30 @@ def load_(
 ) -> None:
     """Load the base's weights into a model on the meta device, sharded or whole.
 
+    One tensor is in memory at a time, besides what this process keeps.
+
     Raises:
         UserError: the checkpoint's names or shapes are those of another model.
     """
-    weights = _read_weights(settings)
-    weights = {inside_adapters(name, layers): value for name, value in weights.items()}
-    _refuse_other_model(model, weights, layers, settings)
-    if world_size() > 1:
-        training.load_from_full_model_state_dict(model, weights, device, strict=False)
-    else:
-        dtype = dtype_of(settings)
-        whole = {name: value.to(device, dtype) for name, value in weights.items()}
-        model.load_state_dict(whole, strict=False, assign=True)
+    folder = Path(settings.checkpointer["checkpoint_dir"])
+    try:
+        files = weight_files(settings.checkpointer)
+        weights = WeightFiles(folder, files, str(settings.checkpointer["model_type"]))
+        _refuse_other_model(model, weights.shapes(), layers, settings)
+        places = model.state_dict()
+        shards_on = torch.device("cpu") if settings.fsdp_cpu_offload else device
+        held = {
+            name: _held(whole, places[name], dtype_of(settings), device, shards_on)
+            for name, whole in ((inside_adapters(n, layers), w) for n, w in weights.tensors())
+        }
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"the weights in {folder} cannot be read: {error}; a file may be cut short or of "
+            f"another model: fetch it again.\n{_remedy(settings, folder)}"
+        ) from error
+    model.load_state_dict(held, strict=False, assign=True)
     with training.set_default_dtype(dtype_of(settings)), device:
         for module in model.modules():
             if hasattr(module, "rope_init"):
@@ -171,30 +201,22 @@ def load_(
     model.set_num_output_chunks(OUTPUT_CHUNKS)
 
 
-def _read_weights(settings: RecipeSettings) -> dict[str, Tensor]:
-    checkpointer = dict(settings.checkpointer)
-    checkpointer.setdefault("output_dir", str(settings.output_dir))
-    folder = checkpointer["checkpoint_dir"]
-    try:
-        weights = build("checkpointer", checkpointer).load_checkpoint()[training.MODEL_KEY]
-    except UserError:
-        raise
-    except (ValueError, KeyError, SafetensorError) as error:
-        reason = error.__cause__ or error
-        raise UserError(
-            f"the weights in {folder} cannot be read: {reason}; a file may be cut short or of "
-            f"another model: fetch it again.\n{_remedy(settings, Path(folder))}"
-        ) from error
-    assert isinstance(weights, dict)
-    return weights
+def _held(
+    whole: Tensor, place: Tensor, dtype: torch.dtype, device: torch.device, shards_on: torch.device
+) -> Tensor:
+    """Return what this process keeps of a weight that goes to ``place``: its shard, or all."""
+    if isinstance(place, DTensor):
+        return own_shard(whole, place, dtype).to(shards_on)
+    return whole.to(device, dtype, copy=True)
 
 
 def _refuse_other_model(
     model: nn.Module,
-    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
     layers: Mapping[str, LowRankLinear],
     settings: RecipeSettings,
 ) -> None:
+    got = {inside_adapters(name, layers): shape for name, shape in shapes.items()}
     factors = {
         f"{name}.{key}"
         for name, layer in layers.items()
@@ -205,7 +227,6 @@ def _refuse_other_model(
         for name, value in model.state_dict().items()
         if name not in factors
     }
-    got = {name: tuple(value.shape) for name, value in weights.items()}
     wrong = [name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)]
     if wrong:
         first = min(wrong)

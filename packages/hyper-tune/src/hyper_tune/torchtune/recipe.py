@@ -15,7 +15,13 @@ from hyper_tune.errors import UserError
 from hyper_tune.run_folder import RunFolder
 from hyper_tune.sampling import batch_indices, derive_seed, total_steps
 from hyper_tune.step import StepReport
-from hyper_tune.torchtune.base_model import build_on_meta, check_files, load_, prepare_
+from hyper_tune.torchtune.base_model import (
+    base_layout,
+    build_on_meta,
+    check_files,
+    load_,
+    prepare_,
+)
 from hyper_tune.torchtune.components import build, build_tokenizer
 from hyper_tune.torchtune.data import Samples, collate, open_dataset
 from hyper_tune.torchtune.evaluate import Questions, held_out_loss, peak_memory_mib
@@ -57,6 +63,7 @@ class FineTuning:
         settings = self.settings
         check_files(settings)
         self.device = parallel.start(parallel.usable_device(settings.device))
+        base_layout(settings)  # refuses a job of another size
         self.tokenizer = build_tokenizer(settings.tokenizer)
         model = build_on_meta(settings)
         self._open_data(limit=model.max_seq_len, vocabulary=model.tok_embeddings.num_embeddings)
@@ -77,7 +84,7 @@ class FineTuning:
         _warn_of_long_warmup(settings, self.total_steps)
         self._open_run_folder()
         say(f"loading the base from {settings.checkpointer['checkpoint_dir']}")
-        prepare_(model, settings, self.method.stack.leaf_parameters())
+        prepare_(model, settings, self.method.stack.leaf_parameters(), self.device)
         load_(model, settings, self.method.layers, self.device)
         self.model = model
 

@@ -49,7 +49,10 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
     root = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
     with META:
         layers, stack, owner = attach(model, settings.method, device=META)
-    prepare_(model, replace(settings, compile=False), [])
+    alone = replace(
+        settings, compile=False, data_parallel_shard_dim=-1, data_parallel_replicate_dim=1
+    )
+    prepare_(model, alone, [], META)
     _make_runnable_(model)
     buffers = [buffer for _, buffer in model.named_buffers() if buffer.numel()]
     masks = [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]

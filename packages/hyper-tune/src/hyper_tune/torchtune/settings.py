@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hyper_tune.checks import known_fields, require, require_choice, require_number, require_text
 from hyper_tune.errors import UserError
+from hyper_tune.layout import check_dims
 from hyper_tune.method import MethodConfig
 
 Component = Mapping[str, Any]
@@ -62,6 +63,10 @@ class RecipeSettings:
     clip_grad_norm: float | None = None
     compile: bool = False
     enable_activation_checkpointing: bool = False
+    enable_activation_offloading: bool = False
+    data_parallel_shard_dim: int = -1
+    data_parallel_replicate_dim: int = 1
+    fsdp_cpu_offload: bool = False
     device: str = "cpu"
     dtype: str = "fp32"
     save_every_n_steps: int = 100
@@ -78,12 +83,16 @@ class RecipeSettings:
             "shuffle",
             "compile",
             "enable_activation_checkpointing",
+            "enable_activation_offloading",
+            "fsdp_cpu_offload",
             "resume_from_checkpoint",
         ):
             value = getattr(self, name)
             require(isinstance(value, bool), name, value, "must be True or False", "set one")
         require_choice("device", self.device, DEVICES)
         require_choice("dtype", self.dtype, DTYPES)
+        check_dims(self.data_parallel_shard_dim, self.data_parallel_replicate_dim)
+        self._check_offloading()
         self._check_checkpointer()
         if self.exact_match is not None:
             known_fields("exact_match", self.exact_match, {"path", "format", "max_new_tokens"})
@@ -108,6 +117,17 @@ class RecipeSettings:
                 require_number(name, getattr(self, name), whole=True, least=1)
         if self.clip_grad_norm is not None:
             require_number("clip_grad_norm", self.clip_grad_norm, above=0)
+
+    def _check_offloading(self) -> None:
+        for name in ("enable_activation_offloading", "fsdp_cpu_offload"):
+            rule = "moves tensors from a GPU's memory to the CPU's, and device is 'cpu'"
+            remedy = "set device=cuda, or turn it off"
+            wanted = getattr(self, name)
+            require(not wanted or self.device == "cuda", name, wanted, rule, remedy)
+        fits = self.enable_activation_checkpointing or not self.enable_activation_offloading
+        rule = "moves what activation checkpointing keeps"
+        remedy = "set enable_activation_checkpointing=True"
+        require(fits, "enable_activation_offloading", True, rule, remedy)
 
     def _check_checkpointer(self) -> None:
         component = self.checkpointer["_component_"]
