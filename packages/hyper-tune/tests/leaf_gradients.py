@@ -1,16 +1,18 @@
 """Gradients of one training step under many arrangements, for the tests to compare.
 
 Run as a script, alone or by torchrun: `leaf_gradients.py OUTPUT` writes, per arrangement, the
-gradients that reach the hypernetworks' weights, the masks' scores and the penalty.
+gradients that reach the hypernetworks' weights, loss and penalty, and what a few steps lead to.
 """
 
 import itertools
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -19,11 +21,35 @@ from torch.func import functional_call
 
 from hyper_tune import MethodConfig, assemble, parallel
 from hyper_tune.assembly import Assembly
-from hyper_tune.method import HypernetworkSettings
+from hyper_tune.layout import BaseLayout
+from hyper_tune.method import HypernetworkSettings, PruningSettings
 from hyper_tune.parallel import shard_base_
+from hyper_tune.step import StepReport
+from hyper_tune.tree import flatten
 
-WIDTH, CLASSES, SAMPLES, LENGTH = 6, 5, 4, 3
+WIDTH, CLASSES, SAMPLES, LENGTH = 6, 5, 8, 3
 GAMMA = 0.1
+STATES = ("recurrent", "static")
+
+
+class Arrangement(NamedTuple):
+    """How a step is carried out; ``copies``: of the base, each in shards, among the ranks."""
+
+    state: str
+    checkpointing: bool
+    accumulation: int
+    copies: int = 1
+
+    def __str__(self) -> str:
+        return "|".join(map(str, self))
+
+
+# By the number of ranks.
+ARRANGEMENTS = {
+    1: [Arrangement(*choice) for choice in itertools.product(STATES, (False, True), (1, 2))],
+    2: [Arrangement(*choice) for choice in itertools.product(STATES, (False, True), (1, 2))],
+    4: [Arrangement(state, True, 2, copies) for state in STATES for copies in (1, 2, 4)],
+}
 
 
 class Block(nn.Module):
@@ -80,6 +106,7 @@ def build(state: str) -> tuple[Model, Assembly]:
         init_rank=3,
         budget=2,
         orthogonality=GAMMA,
+        pruning=PruningSettings(interval=2, count=4),
         hypernetwork=HypernetworkSettings(preset="attention-small", state=state),
     )
     method = assemble(model, config, total_steps=100, dtype=torch.float64)
@@ -135,25 +162,60 @@ def end_to_end(state: str) -> dict[str, Tensor]:
     )
 
 
-def leaf_boundary(state: str, checkpointing: bool, accumulation: int) -> dict[str, Tensor]:
-    """The step of the package, on this rank's share of the same samples."""
-    model, method = build(state)
-    if checkpointing:
+def arranged(arrangement: Arrangement) -> tuple[Model, Assembly]:
+    """The model, sharded over the ranks as the arrangement says."""
+    model, method = build(arrangement.state)
+    if arrangement.checkpointing:
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world > 1:
-        shard_base_(model, model.layers, method.stack.leaf_parameters())
+    layout = BaseLayout.of(parallel.world_size(), replicate=arrangement.copies)
+    if layout.shard > 1:
+        mesh = layout.mesh(torch.device("cpu"))
+        shard_base_(model, model.layers, method.stack.leaf_parameters(), mesh)
+        sharded = model.layers[0].down.base.weight
+        assert sharded.to_local().numel() < sharded.numel()
+        assert sharded.device_mesh.ndim == (2 if arrangement.copies > 1 else 1)
+    return model, method
+
+
+def run_step(
+    arrangement: Arrangement, model: Model, method: Assembly, optimizer: torch.optim.Optimizer
+) -> StepReport:
+    """One step on this rank's share of the same samples."""
     x, labels = data()
-    mine = slice(dist.get_rank(), None, world) if world > 1 else slice(None)
-    batches = zip(x[mine].chunk(accumulation), labels[mine].chunk(accumulation), strict=True)
-    optimizer = Recorder(method.parameters(), lr=0.0)
+    mine = slice(parallel.rank(), None, parallel.world_size())
+    count = arrangement.accumulation
+    batches = zip(x[mine].chunk(count), labels[mine].chunk(count), strict=True)
     with method.step(optimizer) as step:
         for inputs, targets in batches:
             step.backward(loss_sum(model, inputs, targets), (targets != -100).sum())
+    return step.report
+
+
+def leaf_boundary(arrangement: Arrangement) -> dict[str, Tensor]:
+    """What the step of the package gives the optimizer."""
+    model, method = arranged(arrangement)
+    optimizer = Recorder(method.parameters(), lr=0.0)
+    report = run_step(arrangement, model, method, optimizer)
     names = [name for name, _ in method.owner.named_parameters()]
-    report = {"loss": step.report.loss, "penalty": step.report.penalty}
-    figures = {key: torch.tensor(value, dtype=torch.float64) for key, value in report.items()}
+    values = {"loss": report.loss, "penalty": report.penalty}
+    figures = {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
     return figures | dict(zip(names, optimizer.seen, strict=True))
+
+
+def trained(arrangement: Arrangement) -> dict[str, Tensor]:
+    """The method's state, masks and exported adapter after a few steps, with a pruning."""
+    model, method = arranged(arrangement)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.05)
+    for _ in range(4):
+        run_step(arrangement, model, method, optimizer)
+    tensors, _ = flatten(method.state_dict())
+    found = {f"state.{name}": tensor for name, tensor in tensors.items()}
+    for group in method.stack.groups:
+        if group.rank_mask is not None:
+            found[f"mask.{group.names[0]}"] = group.rank_mask
+    with tempfile.TemporaryDirectory() as folder:
+        exported = load_file(method.export(Path(folder) / "adapter") / "adapter_model.safetensors")
+    return found | {f"exported.{name}": tensor for name, tensor in exported.items()}
 
 
 def main(output: Path) -> None:
@@ -163,18 +225,18 @@ def main(output: Path) -> None:
     if distributed:
         dist.init_process_group("gloo")
     results = {}
-    for state, checkpointing, accumulation in itertools.product(
-        ("recurrent", "static"), (False, True), (1, 2)
-    ):
-        arrangement = leaf_boundary(state, checkpointing, accumulation)
-        for name, value in arrangement.items():
-            results[f"{state}|{checkpointing}|{accumulation}|{name}"] = value.contiguous()
+    for arrangement in ARRANGEMENTS[parallel.world_size()]:
+        for name, value in leaf_boundary(arrangement).items():
+            results[f"{arrangement}|{name}"] = value.clone()
+        if arrangement.checkpointing and arrangement.accumulation == 2:
+            for name, value in trained(arrangement).items():
+                results[f"{arrangement}|trained|{name}"] = value.clone()
     if not distributed:
-        for state in ("recurrent", "static"):
+        for state in STATES:
             for name, value in end_to_end(state).items():
-                results[f"{state}|end-to-end|{name}"] = value.contiguous()
+                results[f"{state}|end-to-end|{name}"] = value.clone()
     if not distributed or dist.get_rank() == 0:
-        save_file(results, output)
+        save_file({name: value.contiguous() for name, value in results.items()}, output)
     parallel.stop()
 
 
