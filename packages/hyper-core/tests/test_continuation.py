@@ -79,7 +79,7 @@ def test_loaded_run_equals_the_uninterrupted_one_bit_for_bit(
 
 def test_the_state_dict_names_state_and_averages():
     generated = Run(0, "recurrent", "token_rms").generated
-    saved = {name: v for name, v in generated.state_dict().items() if name.startswith("s")}
+    saved = {n: v for n, v in generated.state_dict().items() if n.startswith(("state", "averages"))}
     assert generated.state_dict()["choices"].dtype == torch.uint8
     assert {name for name in generated.state_dict() if "hypernetworks." not in name} == {
         *saved,
@@ -88,9 +88,9 @@ def test_the_state_dict_names_state_and_averages():
     assert {name: tuple(value.shape) for name, value in saved.items()} == {
         "state_p_0": (2, 3, 5),
         "state_lam_0": (2, 3, 1),
-        "square_p_0": (2, 3, 1),
-        "square_lam_0": (2, 3, 1),
-        "square_weight": (),
+        "averages.square_p_0": (2, 3, 1),
+        "averages.square_lam_0": (2, 3, 1),
+        "averages.square_weight": (),
     }
 
 

@@ -98,10 +98,10 @@ def test_components_that_are_one_are_warned_of():
 
 @pytest.mark.parametrize("value", [1e4, float("nan"), float("inf")])
 def test_values_beyond_bounds_are_warned_of(value):
-    start = torch.randn(2, 3, 8)
-    start[0, 0] = value
+    generated = made(torch.randn(2, 3, 8))
+    generated.state_w_0[0, 0] = value
     with pytest.warns(UserWarning, match="times their norm, expected less than 100: the recursion"):
-        diagnose(made(start))
+        diagnose(generated)
 
 
 def test_a_healthy_start_and_few_numbers_are_not_warned_of(recwarn):

@@ -183,13 +183,37 @@ def test_leaves_that_are_no_mapping(leaves):
 def test_role_that_is_no_list():
     for tensors, name in ((leaf(2, 3, 4), "Parameter"), ((leaf() for _ in "ab"), "generator")):
         assert text_of_making({"p": tensors}) == (
-            f"the role 'p' is of type {name}, expected a list of tensors; put it into one."
+            f"the role 'p' is of type {name}, expected a list of tensors; put it into a list."
         )
     assert text_of_making({"p": [leaf(), 3.0]}) == (
         "p[1] is of type float, expected a tensor of the shape (matrices, rows, columns) or (rows, "
         "columns); give the parameter itself."
     )
     GeneratedParameters({"p": nn.ParameterList([leaf(), leaf()])}, config=CONFIG).refresh()
+
+
+def test_module_in_place_of_its_weight():
+    assert text_of_making({"p": nn.Linear(2, 3)}) == (
+        "the role 'p' is of type Linear, expected a list of tensors; put its parameter, such as "
+        ".weight into a list."
+    )
+    assert text_of_making({"p": [leaf(), nn.Linear(2, 3)]}) == (
+        "p[1] is of type Linear, expected a tensor of the shape (matrices, rows, columns) or "
+        "(rows, columns); give its parameter, such as .weight."
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_leaf_that_is_not_finite(value):
+    broken = leaf()
+    with torch.no_grad():
+        broken[1, 2] = value
+    assert text_of_making({"p": [leaf(), broken]}) == (
+        "p[1] has values that are not finite, expected numbers to start from; initialise it "
+        "before, or name its role in zero_start."
+    )
+    GeneratedParameters({"p": [broken]}, config=CONFIG, zero_start={"p"}).refresh()
+    assert broken.isfinite().all()
 
 
 @pytest.mark.parametrize("option", ["tokens", "outputs", "norms"])
@@ -272,6 +296,17 @@ def test_learning_rate_for_an_unknown_part_or_role(what, known):
     generated = GeneratedParameters({"p": [leaf()]}, config=CONFIG)
     assert text_of(generated.parameter_groups, 1e-3, **{what: {"head": 2.0}}) == (
         f"{what} names 'head', expected one of {known}; correct or drop it."
+    )
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1e-3, "1e-3", None])
+def test_learning_rate_that_is_none(rate):
+    generated = GeneratedParameters({"p": [leaf()]}, config=CONFIG)
+    assert text_of(generated.parameter_groups, rate) == (
+        f"lr is {rate!r}, expected a finite number of at least 0; correct it."
+    )
+    assert text_of(generated.parameter_groups, 1e-3, parts={"body": rate}) == (
+        f"parts['body'] is {rate!r}, expected a finite number of at least 0; correct it."
     )
 
 
@@ -401,6 +436,22 @@ def test_leaf_changed_between_refresh_and_backward(shape):
         second.view(-1)[0] = 5.0
     assert text_of(generated.backward) == (
         "p[1], or memory it shares, was changed 1 time(s) between refresh() and backward(), "
+        "expected none, so its gradient may be of other values; change it before refresh() or "
+        "after backward()."
+    )
+
+
+def test_leaf_whose_memory_was_replaced_and_what_cannot_be_seen():
+    first, second = leaf(), leaf()
+    generated = GeneratedParameters({"p": [first, second]}, config=CONFIG)
+    generated.refresh()
+    (first.sum() + second.sum()).backward()
+    second.data.mul_(2)
+    generated.backward()  # in place through .data: neither count nor memory tells
+    generated.refresh()
+    second.data = second.data.clone()
+    assert text_of(generated.backward) == (
+        "p[1], or memory it shares, was replaced through .data between refresh() and backward(), "
         "expected none, so its gradient may be of other values; change it before refresh() or "
         "after backward()."
     )

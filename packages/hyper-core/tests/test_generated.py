@@ -68,7 +68,9 @@ class Twin:
         }
         self.start = {name: b.clone() for name, b in generated.named_buffers() if "state" in name}
         self.averages = {
-            name: torch.zeros_like(b) for name, b in generated.named_buffers() if "square" in name
+            name.removeprefix("averages."): torch.zeros_like(b)
+            for name, b in generated.named_buffers()
+            if "square" in name
         }
 
     def generate(self):
@@ -195,7 +197,11 @@ def test_steps_equal_end_to_end_autograd_through_the_twin(
         generated.commit()
         reference.commit(values, kept)
         torch.testing.assert_close(
-            {name: b for name, b in generated.named_buffers() if name.startswith("s")},
+            {
+                name.removeprefix("averages."): b
+                for name, b in generated.named_buffers()
+                if name.startswith(("state", "averages"))
+            },
             {**reference.start, **reference.averages},
             rtol=1e-10,
             atol=1e-11,
@@ -405,6 +411,31 @@ def test_a_narrow_body_writes_and_learns_nearly_the_same_in_float32():
         assert narrow.dtype == torch.float32
         error = (narrow - wide).norm() / wide.norm()
         assert 1e-5 < error < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_averages_stay_wide_in_a_narrow_hypernetwork(twin, dtype):
+    """A decay of 0.99 adds hundredths, and small gradients have squares below float16's least."""
+    leaf = nn.Parameter(torch.randn(2, 3, 4, dtype=dtype))
+    generated = GeneratedParameters(
+        {"p": [leaf]}, config=CONFIG, gradient_normalisation="token_rms"
+    ).to(dtype)
+    average, weight = torch.zeros(2, 3, 1, dtype=torch.float64), 0.0
+    for _ in range(5):
+        generated.refresh()
+        leaf.grad = 1e-4 * torch.randn(2, 3, 4, dtype=dtype)
+        weight = 0.99 * weight + 0.01
+        _, average = twin.token_rms(leaf.grad.double(), average, weight, 0.99)
+        generated.backward()
+        generated.commit()
+        found = generated.averages.square_p_0
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), average, rtol=1e-5, atol=0)
+        assert {p.grad.dtype for p in generated.parameters()} == {dtype}
+    again = GeneratedParameters({"p": [leaf]}, config=CONFIG, gradient_normalisation="token_rms")
+    again.to(dtype).load_state_dict(generated.state_dict())
+    assert torch.equal(again.averages.square_p_0, generated.averages.square_p_0)
+    assert generated.double().averages.square_p_0.dtype == torch.float64
 
 
 def test_parameters_are_the_hypernetworks_alone():

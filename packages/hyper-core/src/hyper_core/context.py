@@ -10,8 +10,8 @@ from hyper_core.errors import HyperError
 Context = Tensor | Mapping[str, Tensor] | None
 
 
-def context_rows(context: Context, role: str, order: Tensor) -> Tensor | None:
-    """Return the features of each matrix of ``role``, in ``order``.
+def context_rows(context: Context, role: str, order: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return the features of each matrix of ``role``, in ``order``, on its device.
 
     Raises:
         HyperError: a mapping without the role, or not one row for each matrix.
@@ -25,7 +25,7 @@ def context_rows(context: Context, role: str, order: Tensor) -> Tensor | None:
         context = context[role]
     if context is None:
         return None
-    context = context.to(order.device)
+    context = context.to(order.device, dtype)
     if context.ndim == 1:
         return context.expand(len(order), -1)
     if context.ndim != 2 or len(context) != len(order):

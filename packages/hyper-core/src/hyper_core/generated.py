@@ -1,7 +1,7 @@
 """The leaf boundary: hypernetworks write leaf tensors and learn from their gradients."""
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import chain, groupby
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -14,15 +14,15 @@ from hyper_core.context import Context, context_rows
 from hyper_core.errors import HyperError
 from hyper_core.hypernetwork import Hypernetwork
 from hyper_core.learning_rates import parameter_groups
-from hyper_core.leaves import LeafGroup, check_roles, group_leaves
-from hyper_core.normalisation import check_decay, normalise_tokens
+from hyper_core.leaves import LeafGroup, check_roles, group_leaves, widest_dtype
+from hyper_core.normalisation import TokenRms, check_decay
 from hyper_core.outputs import Output
 from hyper_core.presets import find_config
 from hyper_core.recursion import Recursion, State
 from hyper_core.roles import resolve_roles
 from hyper_core.sharing import Sharing, networks_of
-from hyper_core.split import Split
-from hyper_core.tokens import Tokens, from_tokens, to_tokens, token_shape
+from hyper_core.split import Split, fill_gradients_
+from hyper_core.tokens import Tokens, token_shape
 
 Normalisation = Literal["none", "token_rms"]
 
@@ -58,16 +58,17 @@ class GeneratedParameters(nn.Module):
     root of the running mean of its squares, an average with ``gradient_decay``, bias-corrected.
     ``embeddings``, ``body_dtype``: as in `Hypernetwork`.
 
-    Dtype and device: float32, or the leaves' where wider, on the first leaf's device; `to` changes
-    it. Values are converted where they meet the leaves, which may be narrower.
+    Dtype and device: float32, or the leaves' where wider, on the first leaf's device. `to` changes
+    it; the averages are never below float32. Values are converted where they meet the leaves.
     Gradient: to the hypernetworks' weights, which are all of `parameters`; never to the state.
     Saved: the weights, the state, the running averages; nothing else changes the next step. The
-    choices too: loading a state dict of others is refused, and else discards a pending `refresh`.
+    choices too: loading those of others is refused. Loading discards a pending `refresh`.
     Paper: section 3.2 and Appendix C. Deviations: the tokens, the sharing, the outputs, the
     damped and static states, token_rms.
 
     Raises:
-        HyperError: an unknown preset, role or choice, a role without tensors, a wrong shape.
+        HyperError: an unknown preset, role or choice, a role without tensors, a wrong shape,
+            a start that is not finite.
 
     >>> weight = torch.nn.Parameter(torch.randn(3, 4) / 2)
     >>> generated = GeneratedParameters({"weight": [weight]}, config="attention-small")
@@ -82,8 +83,7 @@ class GeneratedParameters(nn.Module):
     _refreshed: bool
     _pending: list[Tensor]
     _split: Split | None
-    _versions: list[list[int]]
-    _averages: list[Tensor]
+    _marks: list[list[tuple[int, int]]]
 
     def __init__(
         self,
@@ -112,9 +112,7 @@ class GeneratedParameters(nn.Module):
             leaves, tokens=tokens or {}, outputs=outputs or {}, norms=norms or {},
             zero_start=zero_start, sharing=sharing,
         )  # fmt: skip
-        scalars = [name for name, role in self.roles.items() if role.tokens == "scalars"]
-        self.groups = group_leaves(leaves, scalars)
-        self._decay = gradient_decay if gradient_normalisation == "token_rms" else None
+        self.groups = group_leaves(leaves, self.roles)
         size = find_config(config)
         self.hypernetworks = nn.ModuleDict()
         networks: dict[str, list[int]] = {}
@@ -135,38 +133,29 @@ class GeneratedParameters(nn.Module):
                 )
         self._choices = choices_of(self.recursion, self.roles, networks, size)
         self.register_buffer("choices", encode(self._choices))
-        self._register_state()
+        self._register_state(gradient_decay if gradient_normalisation == "token_rms" else None)
         self._forget()
 
     def groups_of(self, role: str) -> list[LeafGroup]:
         """Return the leaves of ``role``, grouped by shape and device."""
         return [group for group in self.groups if group.role == role]
 
-    def _register_state(self) -> None:
-        """Make the buffers, and move all to the first leaf's device and the widest dtype."""
-        home, dtype = self.groups[0].device, torch.float32
-        for leaf in (leaf for group in self.groups for leaf in group.leaves):
-            dtype = torch.promote_types(dtype, leaf.dtype)
-        by_role = groupby(self.groups, key=lambda group: group.role)
-        suffixes = [f"{role}_{i}" for role, groups in by_role for i, _ in enumerate(groups)]
-        self._state_names = [f"state_{suffix}" for suffix in suffixes]
-        for name, group in zip(self._state_names, self.groups, strict=True):
+    def _register_state(self, decay: float | None) -> None:
+        """Make state and averages, and move all to the first leaf's device and the widest dtype."""
+        home = self.groups[0].device
+        for group in self.groups:
             start = group.values().to(home, copy=True)
-            zero = self.roles[group.role].zero_start
-            self.register_buffer(name, start.zero_() if zero else start)
-        self._average_names: list[str] = []
-        if self._decay is not None:
-            self._average_names = [*(f"square_{suffix}" for suffix in suffixes), "square_weight"]
-            for name, group in zip(self._average_names, self.groups, strict=False):
-                tokens = token_shape(group.shape, self.roles[group.role].tokens)
-                self.register_buffer(name, torch.zeros(*tokens[:2], 1))
-            self.register_buffer("square_weight", torch.zeros(()))
-        self.to(home, dtype)
+            start = start.zero_() if self.roles[group.role].zero_start else start
+            self.register_buffer(f"state_{group.label}", start)
+        self.averages: TokenRms | None = None
+        if decay is not None:
+            kinds = {g.label: (g.shape, self.roles[g.role].tokens) for g in self.groups}
+            self.averages = TokenRms(kinds, decay)
+        self.to(home, widest_dtype(self.groups))
 
     def state_of(self, role: str) -> list[Tensor]:
         """Return the state P_i of each group of ``role``, (matrices, rows, columns)."""
-        states = map(self.get_buffer, self._state_names)
-        return [p for group, p in zip(self.groups, states, strict=True) if group.role == role]
+        return [self.get_buffer(f"state_{group.label}") for group in self.groups_of(role)]
 
     def generate(
         self, context: Context = None, split: Split | None = None
@@ -182,8 +171,8 @@ class GeneratedParameters(nn.Module):
             if split is not None:
                 only = [split.bounds(len(stack)) for stack in state]
                 state = split.own(state)
-            rows = context_rows(context, name, self.get_buffer(f"order_{name}"))
-            rows = None if rows is None else rows.to(state[0].dtype)
+            order = self.get_buffer(f"order_{name}")
+            rows = context_rows(context, name, order, state[0].dtype)
             with naming_role(name):
                 values[name] = self.recursion.values(network, self.roles[name], state, rows, only)
         return values
@@ -212,7 +201,7 @@ class GeneratedParameters(nn.Module):
         if torch.is_grad_enabled():
             self._refreshed = True
             self._pending, self._split = values, split
-            self._versions = [group.versions() for group in self.groups]
+            self._marks = [group.marks() for group in self.groups]
 
     def backward(self, scale: float = 1.0) -> None:
         """Carry the leaves' gradients into the hypernetworks' weights, in one backward pass.
@@ -221,9 +210,11 @@ class GeneratedParameters(nn.Module):
         weights' gradients have it too, until the scaler takes it out; the averages do not.
 
         After a split `refresh` this share's leaves alone give gradient: the sum of a weight's
-        ``.grad`` over the processes is that of an undivided step. Every weight has one then, of
-        zeros where the share does not reach it. The leaves' ``.grad`` must be the same in all
-        processes before: sum or average them over the processes first.
+        ``.grad`` over the processes, zeros where a share does not reach it, is that of an undivided
+        step. The leaves' ``.grad`` must be equal in all processes: reduce them first.
+
+        A leaf's change since `refresh` is seen by autograd's count, and by its memory. One in place
+        through ``.data`` is not: the values alone would tell, and comparing makes a device wait.
 
         Raises:
             HyperError: there was no `refresh`, a leaf has changed since, or has no gradient.
@@ -233,34 +224,22 @@ class GeneratedParameters(nn.Module):
                 "backward() was called without a pending refresh(), expected one refresh() before "
                 "each backward(); call refresh() with gradients enabled before the model runs."
             )
-        for group, versions in zip(self.groups, self._versions, strict=True):
-            group.check_unchanged(versions)
+        for group, marks in zip(self.groups, self._marks, strict=True):
+            group.check_unchanged(marks)
         gradients = [
-            group.gradients().to(rows.device, rows.dtype)
+            group.gradients().to(rows.device)
             for group, rows in zip(self.groups, self._pending, strict=True)
         ]
-        reached = self._normalised(gradients, scale)
+        if self.averages is not None:
+            gradients = self.averages.normalise(gradients, scale)
+        reached = [g.to(v.dtype) for g, v in zip(gradients, self._pending, strict=True)]
         if self._split is not None:
             reached = self._split.own(reached)
         own = [i for i, rows in enumerate(self._pending) if len(rows)]
         torch.autograd.backward([self._pending[i] for i in own], [reached[i] for i in own])
         if self._split is not None:
-            for weight in self.parameters():
-                if weight.grad is None:
-                    weight.grad = torch.zeros_like(weight)
+            fill_gradients_(self.parameters())
         self._pending = []
-
-    def _normalised(self, gradients: list[Tensor], scale: float) -> list[Tensor]:
-        if self._decay is None:
-            return gradients
-        kinds = [self.roles[group.role].tokens for group in self.groups]
-        cut = [to_tokens(gradient, kind) for gradient, kind in zip(gradients, kinds, strict=True)]
-        before = [*map(self.get_buffer, self._average_names)]
-        cut, self._averages = normalise_tokens(cut, before, self._decay, scale)
-        return [
-            from_tokens(part, kind, group.shape[1])
-            for part, kind, group in zip(cut, kinds, self.groups, strict=True)
-        ]
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -275,10 +254,10 @@ class GeneratedParameters(nn.Module):
                 "each commit(); an evaluation's refresh() belongs after commit()."
             )
         if not self.recursion.keeps_start:
-            for name, group in zip(self._state_names, self.groups, strict=True):
-                self.get_buffer(name).copy_(group.values())
-        if self._averages:
-            torch._foreach_copy_([*map(self.get_buffer, self._average_names)], self._averages)
+            for group in self.groups:
+                self.get_buffer(f"state_{group.label}").copy_(group.values())
+        if self.averages is not None:
+            self.averages.commit()
         self.discard()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -294,10 +273,9 @@ class GeneratedParameters(nn.Module):
 
     def _forget(self) -> None:
         self._refreshed = False
-        self._pending = []
-        self._split = None
-        self._versions = []
-        self._averages = []
+        self._pending, self._split, self._marks = [], None, []
+        if self.averages is not None:
+            self.averages.forget()
 
     def parameter_groups(
         self,
@@ -312,7 +290,7 @@ class GeneratedParameters(nn.Module):
         "embeddings", and by ``roles``; 1 where nothing is said.
 
         Raises:
-            HyperError: an unknown part or role.
+            HyperError: an unknown part or role, or a rate that is negative or not finite.
 
         >>> generated = GeneratedParameters({"w": [torch.ones(2, 3)]}, config="mlp-small")
         >>> groups = generated.parameter_groups(1e-3, parts={"output_projection": 0.5})

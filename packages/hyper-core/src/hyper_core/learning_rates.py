@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from hyper_core.checks import is_number
 from hyper_core.errors import HyperError
 
 PARTS = ("input_projection", "body", "output_projection", "embeddings")
@@ -29,8 +30,18 @@ def parameter_groups(
     """Return one group per role and part that has weights: params, lr and name.
 
     Raises:
-        HyperError: an unknown part or role.
+        HyperError: an unknown part or role, or no rate: less than zero, or not finite.
     """
+    rates = {"lr": lr} | {
+        f"{what}[{name!r}]": factor
+        for what, given in (("parts", parts), ("roles", roles))
+        for name, factor in given.items()
+    }
+    for what, rate in rates.items():
+        if not is_number(rate) or rate < 0:
+            raise HyperError(
+                f"{what} is {rate!r}, expected a finite number of at least 0; correct it."
+            )
     for what, given, known in (("parts", parts, PARTS), ("roles", roles, tuple(hypernetworks))):
         for name in sorted(set(given) - set(known)):
             raise HyperError(

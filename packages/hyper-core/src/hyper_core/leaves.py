@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hyper_core.errors import HyperError
+from hyper_core.roles import Role
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -17,12 +18,13 @@ class LeafGroup:
     """Leaves of one role, shape and device, as one tensor (matrices, rows, columns).
 
     ``leaves``: all (matrices, rows, columns), or all (rows, columns) and then a matrix each; of
-    scalars without the columns, of which the stack then has one. ``positions``: of the group's
-    matrices among the role's. A read, a write or a gradient is one operation, however many leaves
-    there are.
+    scalars without the columns, of which the stack then has one. ``label``: role and number, as
+    "p_0". ``positions``: of the group's matrices among the role's. A read, a write or a gradient is
+    one operation, however many leaves there are.
     """
 
     role: str
+    label: str
     names: tuple[str, ...]
     leaves: tuple[Tensor, ...]
     positions: tuple[int, ...]
@@ -43,6 +45,20 @@ class LeafGroup:
     def values(self) -> Tensor:
         """Return the leaves' values, detached; they may share memory with a leaf."""
         return self._join(list(self.leaves))
+
+    def check_finite(self) -> None:
+        """Look at the values, which the meta device does not have.
+
+        Raises:
+            HyperError: a leaf has one that is not finite.
+        """
+        if self.device.type == "meta" or self.values().isfinite().all():
+            return
+        finite = [bool(leaf.isfinite().all()) for leaf in self.leaves]
+        raise HyperError(
+            f"{self.names[finite.index(False)]} has values that are not finite, expected numbers "
+            "to start from; initialise it before, or name its role in zero_start."
+        )
 
     @torch.no_grad()
     def write_(self, values: Tensor) -> None:
@@ -77,20 +93,22 @@ class LeafGroup:
         if gradients:
             torch._foreach_zero_(gradients)
 
-    def versions(self) -> list[int]:
-        """Return autograd's count of in-place changes of each leaf."""
-        return [leaf._version for leaf in self.leaves]
+    def marks(self) -> list[tuple[int, int]]:
+        """Return autograd's count of in-place changes of each leaf, and what memory it has."""
+        return [(leaf._version, leaf.untyped_storage()._cdata) for leaf in self.leaves]
 
-    def check_unchanged(self, versions: Sequence[int]) -> None:
-        """Compare with an earlier `versions`.
+    def check_unchanged(self, marks: Sequence[tuple[int, int]]) -> None:
+        """Compare with earlier `marks`.
 
         Raises:
-            HyperError: a leaf was changed in place since.
+            HyperError: a leaf was changed in place since, or has other memory.
         """
-        for name, was, now in zip(self.names, versions, self.versions(), strict=True):
+        for name, was, now in zip(self.names, marks, self.marks(), strict=True):
             if was != now:
+                times = f"changed {now[0] - was[0]} time(s)"
                 raise HyperError(
-                    f"{name}, or memory it shares, was changed {now - was} time(s) between "
+                    f"{name}, or memory it shares, was "
+                    f"{times if now[0] != was[0] else 'replaced through .data'} between "
                     "refresh() and backward(), expected none, so its gradient may be of other "
                     "values; change it before refresh() or after backward()."
                 )
@@ -107,14 +125,15 @@ class LeafGroup:
 
 
 def group_leaves(
-    leaves: Mapping[str, Sequence[Tensor]], scalars: Iterable[str] = ()
+    leaves: Mapping[str, Sequence[Tensor]], roles: Mapping[str, Role]
 ) -> list[LeafGroup]:
     """Group the leaves of each role by shape and device, in the order of first appearance.
 
     Raises:
-        HyperError: a tensor that cannot be a leaf.
+        HyperError: a tensor that cannot be a leaf, or start values that are not finite.
     """
-    _check_tensors(leaves, set(scalars))
+    scalars = {name for name, role in roles.items() if role.tokens == "scalars"}
+    _check_tensors(leaves, scalars)
     groups: list[LeafGroup] = []
     for role, tensors in leaves.items():
         one = 1 if role in scalars else 2
@@ -126,14 +145,26 @@ def group_leaves(
         groups += [
             LeafGroup(
                 role,
+                f"{role}_{number}",
                 tuple(f"{role}[{i}]" for i in chosen),
                 tuple(tensors[i] for i in chosen),
                 tuple(p for i in chosen for p in range(starts[i], starts[i + 1])),
                 role in scalars,
             )
-            for chosen in members.values()
+            for number, chosen in enumerate(members.values())
         ]
+    for group in groups:
+        if not roles[group.role].zero_start:
+            group.check_finite()
     return groups
+
+
+def widest_dtype(groups: Iterable[LeafGroup]) -> torch.dtype:
+    """Return float32, or the leaves' dtype where one is wider."""
+    dtype = torch.float32
+    for leaf in (leaf for group in groups for leaf in group.leaves):
+        dtype = torch.promote_types(dtype, leaf.dtype)
+    return dtype
 
 
 def check_roles(leaves: Mapping[str, Sequence[Tensor]]) -> None:
@@ -156,12 +187,16 @@ def check_roles(leaves: Mapping[str, Sequence[Tensor]]) -> None:
         if not isinstance(tensors, Sequence | nn.ParameterList):
             raise HyperError(
                 f"the role {role!r} is of type {type(tensors).__name__}, expected a list of "
-                "tensors; put it into one."
+                f"tensors; put {_what_to_give(tensors, 'it')} into a list."
             )
         if not len(tensors):
             raise HyperError(
                 f"the role {role!r} has 0 tensors, expected at least one; give it some or drop it."
             )
+
+
+def _what_to_give(value: object, otherwise: str) -> str:
+    return "its parameter, such as .weight" if isinstance(value, nn.Module) else otherwise
 
 
 def _check_tensors(leaves: Mapping[str, Sequence[Tensor]], scalars: set[str]) -> None:
@@ -174,7 +209,7 @@ def _check_tensors(leaves: Mapping[str, Sequence[Tensor]], scalars: set[str]) ->
             if not isinstance(leaf, Tensor):
                 raise HyperError(
                     f"{name} is of type {type(leaf).__name__}, expected a tensor of the shape "
-                    f"{shapes}; give the parameter itself."
+                    f"{shapes}; give {_what_to_give(leaf, 'the parameter itself')}."
                 )
             dimensions = (1, 2) if role in scalars else (2, 3)
             if leaf.ndim not in dimensions or not leaf.numel() or leaf.dtype not in _DTYPES:

@@ -1,6 +1,6 @@
 """A share of the matrices, for processes that generate them together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,3 +79,10 @@ class Split:
             (end - start) * part.shape[1] * part.shape[2]
             for (start, end), part in zip(bounds, parts, strict=True)
         ]
+
+
+def fill_gradients_(weights: Iterable[Tensor]) -> None:
+    """Give zeros to the weights that have no gradient, so that all processes sum the same ones."""
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
