@@ -1,41 +1,26 @@
 """Puts a method on a model: layers, stacked factors, their owner, the allocator."""
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hyper_core import GeneratedParameters, HyperError
+from hyper_core import HyperError
+from hyper_tune.attach import attach
+from hyper_tune.checks import require
 from hyper_tune.errors import UserError
-from hyper_tune.factors import FactorOwner, LearnedFactors
+from hyper_tune.factors import FactorOwner
 from hyper_tune.method import MethodConfig
 from hyper_tune.optimizer_state import load_named_optimizer_state, named_optimizer_state
 from hyper_tune.parallel import broadcast_
+from hyper_tune.ranks import SampledRanks, make_allocator
 from hyper_tune.step import TrainingStep
-from lowrank_adapters import (
-    SVD,
-    FactorStack,
-    LoRA,
-    LowRankLinear,
-    export_peft,
-    freeze_base_,
-    inject_adapters_,
-)
-from rank_budget import FixedPruning, RankAllocator, RankedMatrices
-
-_MAKERS: Mapping[str, type[LoRA | SVD]] = {"lora": LoRA, "svd": SVD}
-_OUTPUTS: Mapping[str, Literal["free", "unit_rows"]] = {
-    "p": "unit_rows",
-    "q": "unit_rows",
-    "a": "unit_rows",
-    "lam": "free",
-    "b": "free",
-}
-_ZERO_AT_START = {"lam", "b"}
+from lowrank_adapters import FactorStack, LowRankLinear, export_peft
+from rank_budget import RankAllocator
 
 
 class Assembly:
@@ -46,7 +31,8 @@ class Assembly:
 
     ``layers``: the adapted layers by name, in model order. ``stack``: their factors as stacked
     views of flat buffers. ``owner``: hypernetworks, or the factors themselves. ``allocator``: the
-    rank budget, or None. Saved: owner, masks and allocator; never the base.
+    rank budget, or None. ``sampled``: the ranks that are drawn, or None; between steps all are in
+    use. Saved: owner, masks, allocator and draws; never the base.
     """
 
     def __init__(
@@ -56,12 +42,14 @@ class Assembly:
         stack: FactorStack,
         owner: FactorOwner,
         allocator: RankAllocator | None,
+        sampled: SampledRanks | None,
     ) -> None:
         self.config = config
         self.layers = layers
         self.stack = stack
         self.owner = owner
         self.allocator = allocator
+        self.sampled = sampled
         self._parameters = [parameter for _, parameter in owner.named_parameters()]
 
     @property
@@ -107,6 +95,7 @@ class Assembly:
         return {
             "owner": dict(self.owner.state_dict()),
             "allocator": None if self.allocator is None else self.allocator.state_dict(),
+            "sampled": None if self.sampled is None else self.sampled.state_dict(),
             "optimizer": None
             if optimizer is None
             else named_optimizer_state(optimizer, self.owner.named_parameters()),
@@ -126,6 +115,8 @@ class Assembly:
             raise UserError(f"the saved state is of another model or method: {error}") from error
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
+        if self.sampled is not None:
+            self.sampled.load_state_dict(state["sampled"])
         if optimizer is not None:
             named = self.owner.named_parameters()
             load_named_optimizer_state(optimizer, named, state["optimizer"])
@@ -134,6 +125,7 @@ class Assembly:
         self,
         folder: str | Path,
         *,
+        rank: int | None = None,
         rename: Callable[[str], str] = str,
         transform_b: Callable[[str, Tensor], Tensor] = lambda _, b: b,
         base_model_name_or_path: str | None = None,
@@ -141,18 +133,45 @@ class Assembly:
     ) -> Path:
         """Write the adapter as plain LoRA in PEFT's layout; λ, masks and scaling are folded in.
 
-        ``rename`` maps this model's module names to the exported model's; ``transform_b`` may
-        reorder the output rows of B.
+        DoRA is written as PEFT's DoRA, with its magnitude. ``rank``: of a method with nested ranks,
+        how many to write; None is all. ``rename`` maps this model's module names to the exported
+        model's; ``transform_b`` may reorder the output rows of B.
         """
         self.write_factors_()
-        return export_peft(
-            self.layers,
-            folder,
-            rename=rename,
-            transform_b=transform_b,
-            base_model_name_or_path=base_model_name_or_path,
-            task_type=task_type,
-        )
+        with self.at_rank(rank):
+            return export_peft(
+                self.layers,
+                folder,
+                rename=rename,
+                transform_b=transform_b,
+                base_model_name_or_path=base_model_name_or_path,
+                task_type=task_type,
+            )
+
+    @contextmanager
+    def at_rank(self, rank: int | None) -> Iterator[None]:
+        """Use the first ``rank`` components of each matrix in a block; None uses all.
+
+        Raises:
+            UserError: the method has no nested ranks, or not this one.
+        """
+        if rank is None:
+            yield
+            return
+        if self.sampled is None:
+            raise UserError(
+                f"rank is {rank}, but {self.config.name} has no nested ranks to choose from; leave "
+                "it out, or train dylora or hyperdylora."
+            )
+        whole = self.config.init_rank
+        rule = f"must be a whole number of 1 to method.init_rank = {whole}"
+        fits = type(rank) is int and 1 <= rank <= whole
+        require(fits, "rank", rank, rule, "choose one")
+        self.sampled.use_(rank)
+        try:
+            yield
+        finally:
+            self.sampled.use_()
 
 
 def assemble(
@@ -183,87 +202,8 @@ def assemble(
     """
     layers, stack, owner = attach(model, config, device=device, dtype=dtype)
     broadcast_([*owner.state_dict().values(), stack.values])
-    allocator = _make_allocator(config, stack, total_steps) if config.method.prunes else None
-    return Assembly(config, layers, stack, owner, allocator)
-
-
-def attach(
-    model: nn.Module,
-    config: MethodConfig,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> tuple[dict[str, LowRankLinear], FactorStack, FactorOwner]:
-    """Put layers, stacked factors and their owner on ``model``, in place, and freeze the rest.
-
-    All that trains, without the rank budget: it also works where ``device`` is meta.
-    """
-    make = _MAKERS[config.method.layer](rank=config.init_rank, alpha=float(config.alpha or 0))
-    layers = inject_adapters_(
-        model,
-        make,
-        config.target_modules,
-        exclude=config.exclude,
-        device=device,
-        factor_dtype=dtype,
-    )
-    freeze_base_(model)
-    stack = FactorStack(layers)
-    return layers, stack, _make_owner(config, stack)
-
-
-def _make_owner(config: MethodConfig, stack: FactorStack) -> FactorOwner:
-    settings = config.hypernetwork
-    if settings is None:
-        return LearnedFactors(stack.groups)
-    leaves: dict[str, list[Tensor]] = {}
-    for group in stack.groups:
-        leaves.setdefault(group.role, []).append(group.values)
-    return GeneratedParameters(
-        leaves,
-        config=settings.preset,
-        state=settings.state,
-        outputs={role: _OUTPUTS[role] for role in leaves},
-        zero_start=_ZERO_AT_START & leaves.keys(),
-        gradient_normalisation=settings.gradient_normalisation,
-    )
-
-
-def _make_allocator(config: MethodConfig, stack: FactorStack, total_steps: int) -> RankAllocator:
-    settings = config.pruning
-    assert settings is not None
-    assert config.budget is not None
-    matrices = [
-        RankedMatrices(
-            names=group.names,
-            values=group.values.squeeze(-1),
-            gradients=group.values.grad.squeeze(-1),
-            rank_mask=group.rank_mask,
-        )
-        for group in stack.groups
-        if group.rank_mask is not None and group.values.grad is not None
-    ]
-    initial = sum(group.rank_mask.numel() for group in matrices)
-    budget = round(config.budget * sum(len(group.names) for group in matrices))
-    if settings.count is None:
-        schedule = FixedPruning.over(
-            initial=initial,
-            budget=budget,
-            interval=settings.interval,
-            total_steps=total_steps,
-            finish_by=settings.finish_by,
-        )
-    else:
-        schedule = FixedPruning(
-            initial=initial, budget=budget, count=settings.count, interval=settings.interval
-        )
-    # What falls at the last step falls after the last update: nothing can make up for it.
-    reached = schedule.live_ranks(total_steps - 1)
-    if reached > budget:
-        warnings.warn(
-            f"the pruning schedule leaves {reached} of {initial} ranks before the last of "
-            f"{total_steps} steps, above the budget of {budget}; lower method.pruning.interval "
-            f"({settings.interval}) or raise method.pruning.count.",
-            stacklevel=3,
-        )
-    return RankAllocator(matrices, schedule, score=settings.importance)
+    allocator = make_allocator(config, stack, total_steps) if config.method.prunes else None
+    sampled = None
+    if config.sampling is not None:
+        sampled = SampledRanks(layers, config.sampling, config.init_rank)
+    return Assembly(config, layers, stack, owner, allocator, sampled)

@@ -65,6 +65,14 @@ def require_number(
     require(fits, field, value, f"must be {expected}", "correct it")
 
 
+def require_flag(field: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    >>> require_flag("compile", False)
+    """
+    require(isinstance(value, bool), field, value, "must be True or False", "set one")
+
+
 def require_text(field: str, value: object) -> None:
     """Refuse what is not text, or is empty.
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hyper_core import GeneratedParameters
 from hyper_tune.errors import UserError
 from lowrank_adapters import FactorGroup
 
@@ -91,3 +92,51 @@ class LearnedFactors:
             raise UserError(f"the saved factors are {saved}, but this model's are {here}.")
         for name, value in self._values.items():
             value.copy_(state_dict[name])
+
+
+class PartlyGenerated:
+    """Hypernetworks write some of a layer's factors, and others are learned beside them.
+
+    Of DoRA, for instance, the hypernetworks write A and B, and the magnitude is a parameter. Each
+    part does what it does alone, in one step. Saved: what each saves; their names differ.
+    """
+
+    def __init__(self, generated: GeneratedParameters, learned: LearnedFactors) -> None:
+        self.generated = generated
+        self.learned = learned
+
+    def refresh(self) -> None:
+        """Write the generated factors into the leaves."""
+        self.generated.refresh()
+
+    def backward(self) -> None:
+        """Carry the generated leaves' gradients into the hypernetworks' weights."""
+        self.generated.backward()
+
+    def commit(self) -> None:
+        """Make the generated values the state."""
+        self.generated.commit()
+
+    def discard(self) -> None:
+        """Forget the refresh."""
+        self.generated.discard()
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the hypernetworks' weights, then the learned factors."""
+        yield from self.generated.named_parameters()
+        yield from self.learned.named_parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state of both, live."""
+        return {**self.generated.state_dict(), **self.learned.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            UserError: the learned factors are of another model.
+            HyperError: the generated ones are.
+        """
+        names = self.learned.state_dict().keys()
+        self.learned.load_state_dict({n: v for n, v in state_dict.items() if n in names})
+        self.generated.load_state_dict({n: v for n, v in state_dict.items() if n not in names})

@@ -1,34 +1,76 @@
 """What a run trains: the choices of layer, owner of the factors, hypernetwork and rank budget."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
-from hyper_core import PRESETS
 from hyper_tune.checks import known_fields, require, require_choice, require_number
 from hyper_tune.errors import UserError
+from hyper_tune.method_sections import (
+    HypernetworkSettings,
+    MagnitudeSettings,
+    PruningSettings,
+    SamplingSettings,
+)
 
-State = Literal["recurrent", "static"]
-GradientNormalisation = Literal["none", "token_rms"]
-Importance = Literal["sensitivity", "magnitude"]
+__all__ = [
+    "METHODS",
+    "HypernetworkSettings",
+    "MagnitudeSettings",
+    "Method",
+    "MethodConfig",
+    "PruningSettings",
+    "SamplingSettings",
+]
+
 ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
 class Method:
-    """A point in the product of choices: which layer, who owns its factors, whether ranks fall."""
+    """A point in the product of choices: which layer, who owns its factors, what becomes of ranks.
 
-    layer: Literal["lora", "svd"]
+    ``ranks``: "fixed"; "pruned" down to a budget; or "sampled", one for each step.
+    """
+
+    layer: Literal["lora", "svd", "dora", "dylora"]
     generated: bool
-    prunes: bool
+    ranks: Literal["fixed", "pruned", "sampled"]
+
+    @property
+    def prunes(self) -> bool:
+        """Whether ranks fall to a budget."""
+        return self.ranks == "pruned"
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """The keys of a `MethodConfig` that this method has and not every one.
+
+        >>> sorted(METHODS["hyperdora"].settings)
+        ['hypernetwork', 'magnitude']
+        """
+        has = {
+            "hypernetwork": self.generated,
+            "pruning": self.prunes,
+            "budget": self.prunes,
+            "orthogonality": self.layer == "svd",
+            "magnitude": self.layer == "dora",
+            "sampling": self.ranks == "sampled",
+        }
+        return frozenset(name for name in has if has[name])
 
 
-METHODS: Mapping[str, Method] = {
-    "lora": Method("lora", generated=False, prunes=False),
-    "adalora": Method("svd", generated=False, prunes=True),
-    "hyperlora": Method("lora", generated=True, prunes=False),
-    "hyperadalora": Method("svd", generated=True, prunes=True),
+_LEARNED = {
+    "lora": Method("lora", generated=False, ranks="fixed"),
+    "adalora": Method("svd", generated=False, ranks="pruned"),
+    "dora": Method("dora", generated=False, ranks="fixed"),
+    "dylora": Method("dylora", generated=False, ranks="sampled"),
 }
+METHODS: Mapping[str, Method] = _LEARNED | {
+    f"hyper{name}": replace(method, generated=True) for name, method in _LEARNED.items()
+}
+# What not every method has.
+OWN_SETTINGS = frozenset().union(*(method.settings for method in METHODS.values()))
 
 _PEFT_NAMES = {
     "r": "init_rank",
@@ -38,65 +80,12 @@ _PEFT_NAMES = {
     "exclude_modules": "exclude",
     "orth_reg_weight": "orthogonality",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class HypernetworkSettings:
-    """How the factors are generated from their previous values.
-
-    ``preset``: a size of `hyper_core.PRESETS`; "attention-tinybert" is the paper's (section 4.1.4).
-    ``state``: "recurrent" feeds each output back (equations 4-6); "static" adds the output to a
-    fixed start. ``gradient_normalisation``: "none" as in the paper, or "token_rms".
-
-    Raises:
-        UserError: a value is not one of the choices.
-
-    >>> HypernetworkSettings(preset="attention-small").state
-    'recurrent'
-    """
-
-    preset: str = "attention-tinybert"
-    state: State = "recurrent"
-    gradient_normalisation: GradientNormalisation = "none"
-
-    def __post_init__(self) -> None:
-        section = "method.hypernetwork"
-        require_choice(f"{section}.preset", self.preset, PRESETS)
-        require_choice(f"{section}.state", self.state, get_args(State))
-        require_choice(
-            f"{section}.gradient_normalisation",
-            self.gradient_normalisation,
-            get_args(GradientNormalisation),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruningSettings:
-    """When and by what the ranks are pruned (paper, section 3.2 and Appendix D).
-
-    Every ``interval`` optimizer steps the ``count`` components of least ``importance`` are pruned,
-    until the budget is met. ``count: None`` takes the smallest count that meets the budget by the
-    fraction ``finish_by`` of the run.
-
-    Raises:
-        UserError: a value out of range; the field, the rule and the remedy are named.
-
-    >>> PruningSettings(interval=50).count is None
-    True
-    """
-
-    interval: int = 100
-    count: int | None = None
-    finish_by: float = 0.7
-    importance: Importance = "sensitivity"
-
-    def __post_init__(self) -> None:
-        section = "method.pruning"
-        require_number(f"{section}.interval", self.interval, whole=True, least=1)
-        if self.count is not None:
-            require_number(f"{section}.count", self.count, whole=True, least=1)
-        require_number(f"{section}.finish_by", self.finish_by, above=0, most=1)
-        require_choice(f"{section}.importance", self.importance, get_args(Importance))
+_SECTIONS: Mapping[str, type[Any]] = {
+    "hypernetwork": HypernetworkSettings,
+    "pruning": PruningSettings,
+    "magnitude": MagnitudeSettings,
+    "sampling": SamplingSettings,
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +95,8 @@ class MethodConfig:
     ``init_rank``: components per matrix at the start. ``budget``: average components per matrix at
     the end (paper, Appendix E: three). ``alpha``: the update is scaled by ``alpha / init_rank``,
     also after pruning. ``target_modules``: "all-linear", or suffixes or globs of module names.
-    ``orthogonality``: γ of equation 7, averaged over matrices.
+    ``orthogonality``: γ of equation 7, averaged over matrices. ``hypernetwork``, ``pruning``,
+    ``magnitude`` and ``sampling``: the sections of the methods that have them.
 
     Raises:
         UserError: an unknown method, a value out of range, or options that contradict the method.
@@ -124,6 +114,8 @@ class MethodConfig:
     orthogonality: float | None = None
     hypernetwork: HypernetworkSettings | None = None
     pruning: PruningSettings | None = None
+    magnitude: MagnitudeSettings | None = None
+    sampling: SamplingSettings | None = None
 
     def __post_init__(self) -> None:
         require_choice("method.name", self.name, METHODS)
@@ -144,6 +136,7 @@ class MethodConfig:
         require_number("method.alpha", self.alpha, above=0)
         if self.orthogonality is not None:
             require_number("method.orthogonality", self.orthogonality, least=0)
+        self._check_sampling()
 
     def _require_names(self, field: str) -> None:
         """Take one name for a tuple of it, as PEFT does; refuse what is no name."""
@@ -161,14 +154,12 @@ class MethodConfig:
         return METHODS[self.name]
 
     def _refuse_contradictions(self) -> None:
-        method = self.method
-        has = {
-            "hypernetwork": method.generated,
-            "pruning": method.prunes,
-            "budget": method.prunes,
-            "orthogonality": method.layer == "svd",
-        }
-        odd = [name for name in has if not has[name] and getattr(self, name) is not None]
+        odd = [
+            field.name
+            for field in fields(self)
+            if field.name in OWN_SETTINGS - self.method.settings
+            and getattr(self, field.name) is not None
+        ]
         if odd:
             named = ", ".join(f"method.{name}" for name in odd)
             removed = " ".join(f"'~method.{name}'" for name in odd)
@@ -178,17 +169,40 @@ class MethodConfig:
             )
 
     def _fill_defaults(self) -> None:
-        method = self.method
         defaults: dict[str, Any] = {
-            "budget": self.init_rank / 2 if method.prunes else self.init_rank,
-            "alpha": float(self.init_rank),
-            "orthogonality": 0.1 if method.layer == "svd" else None,
-            "hypernetwork": HypernetworkSettings() if method.generated else None,
-            "pruning": PruningSettings() if method.prunes else None,
+            "budget": self.init_rank / 2,
+            "orthogonality": 0.1,
+            "hypernetwork": HypernetworkSettings(),
+            "pruning": PruningSettings(),
+            "magnitude": MagnitudeSettings(),
+            "sampling": SamplingSettings(),
         }
-        for field, default in defaults.items():
+        own = {name: default for name, default in defaults.items() if name in self.method.settings}
+        common = {"budget": self.init_rank, "alpha": float(self.init_rank)}
+        for field, default in (common | own).items():
             if getattr(self, field) is None:
                 object.__setattr__(self, field, default)
+
+    def _check_sampling(self) -> None:
+        sampling = self.sampling
+        if sampling is None:
+            return
+        for name in ("lowest", "highest"):
+            bound = getattr(sampling, name)
+            require(
+                bound is None or bound <= self.init_rank,
+                f"method.sampling.{name}",
+                bound,
+                f"must be at most method.init_rank = {self.init_rank}",
+                "lower it or raise init_rank",
+            )
+        require(
+            not (sampling.frozen and self.method.generated),
+            "method.sampling.frozen",
+            sampling.frozen,
+            f"{self.name} generates all components by the same weights, so that all change",
+            "leave it out, or choose dylora",
+        )
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> "MethodConfig":
@@ -204,7 +218,7 @@ class MethodConfig:
         if len(values) < len(given):
             raise UserError(f"method gives one setting twice, under two names: {sorted(given)}.")
         known_fields("method", values, {field.name for field in fields(cls)})
-        for key, kind in (("hypernetwork", HypernetworkSettings), ("pruning", PruningSettings)):
+        for key, kind in _SECTIONS.items():
             if values.get(key) is None:
                 continue
             if not isinstance(values[key], Mapping):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hyper_tune.comparison import compare_figures
+from hyper_tune.method import METHODS
 from hyper_tune.run_record import RunRecord
 from rank_budget import rank_table
 
@@ -43,7 +44,7 @@ def model_card(
     parts = [
         _head(base, str(method["name"]), merged=merged),
         f"# {base or 'A local model'}, {method['name']} {kind}",
-        _WHAT[merged],
+        _what(method, merged=merged),
         f"```python\n{use.format(base=json.dumps(base or 'the base model'))}```",
         "## The run",
         _table(done),
@@ -57,13 +58,16 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-_WHAT = {
-    False: (
-        "Plain LoRA in PEFT's layout: scales, masks and scaling are folded into B, matrices of "
+def _what(method: Mapping[str, Any], *, merged: bool) -> str:
+    if merged:
+        return "The base model with the low-rank updates added to its weights."
+    scalar = (method.get("magnitude") or {}).get("form") == "scalar"
+    is_dora = METHODS[str(method["name"])].layer == "dora" and not scalar
+    kind = "DoRA" if is_dora else "Plain LoRA"
+    return (
+        f"{kind} in PEFT's layout: scales, masks and scaling are folded into B, matrices of "
         "fewer ranks are padded with zeros, and `lora_alpha` equals `r`."
-    ),
-    True: "The base model with the low-rank updates added to its weights.",
-}
+    )
 
 
 def _base(config: Mapping[str, Any]) -> str | None:

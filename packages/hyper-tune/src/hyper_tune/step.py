@@ -65,6 +65,8 @@ class TrainingStep:
         self._sums = None
         self._assembly.stack.bind_grads_()
         self._assembly.owner.refresh()
+        if self._assembly.sampled is not None:
+            self._assembly.sampled.draw_()
         return self
 
     def backward(self, loss_sum: Tensor, tokens: Tensor | int) -> None:
@@ -92,6 +94,8 @@ class TrainingStep:
                 self._assembly.owner.discard()
         finally:
             self._zero_grads()
+            if self._assembly.sampled is not None:
+                self._assembly.sampled.use_()
 
     def _finish(self) -> None:
         assembly = self._assembly
@@ -156,6 +160,8 @@ class TrainingStep:
             if group.rank_mask is not None:
                 group.values.mul_(group.rank_mask.unsqueeze(-1))
         assembly.owner.commit()
+        if assembly.sampled is not None:
+            assembly.sampled.commit()
         return allocation
 
     def _zero_grads(self) -> None:

@@ -11,16 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from hyper_tune import Assembly, MethodConfig, StepReport, assemble
-from hyper_tune.method import METHODS, HypernetworkSettings, PruningSettings
+from hyper_tune.method import (
+    METHODS,
+    HypernetworkSettings,
+    MagnitudeSettings,
+    PruningSettings,
+    SamplingSettings,
+)
 from hyper_tune.tree import flatten
 
 CASES = [
     "lora",
     "adalora",
+    "dora",
+    "dylora each",
     "hyperlora recurrent none",
     "hyperlora static token_rms",
     "hyperadalora recurrent token_rms",
     "hyperadalora static none",
+    "hyperdora recurrent none",
+    "hyperdylora static token_rms",
 ]
 RANK, BUDGET, INTERVAL, STEPS = 3, 1.5, 3, 12
 
@@ -45,12 +55,12 @@ class Recorder(torch.optim.SGD):
 
 
 def configure(case: str, **pruning: Any) -> MethodConfig:
-    """The configuration of a case: the method's name, its state, its normalisation."""
+    """The configuration of a case: the method's name, its state, its normalisation, its form."""
     name, *choices = case.split()
     method = METHODS[name]
     hypernetwork = None
     if method.generated:
-        state, normalisation = choices
+        state, normalisation, *choices = choices
         hypernetwork = HypernetworkSettings(
             preset="attention-small", state=state, gradient_normalisation=normalisation
         )
@@ -62,6 +72,8 @@ def configure(case: str, **pruning: Any) -> MethodConfig:
         orthogonality=0.1 if method.layer == "svd" else None,
         hypernetwork=hypernetwork,
         pruning=PruningSettings(**{"interval": INTERVAL, **pruning}) if method.prunes else None,
+        magnitude=MagnitudeSettings(form="scalar") if "scalar" in choices else None,
+        sampling=SamplingSettings(draw="each") if "each" in choices else None,
     )
 
 

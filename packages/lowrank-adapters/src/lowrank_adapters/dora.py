@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_adapters.errors import AdapterError
-from lowrank_adapters.layer import LowRankLinear
+from lowrank_adapters.layer import LowRankLinear, Rows, as_they_are
 from lowrank_adapters.lora import LoRALinear
 from lowrank_adapters.maker import LowRankMaker
 from lowrank_adapters.maps import LinearMap, dense_matrix
@@ -108,6 +108,11 @@ class DoRALinear(LoRALinear):
             least = torch.where(least > 0, least, 1)
         return torch.maximum(whole + parts.sum(1), least).sqrt()
 
+    def awaits_factors(self) -> bool:
+        """Whether factors are still to be computed from the base, such as the start's magnitude."""
+        unknown = self._waiting_start is not None or bool((self.magnitude == self.row_norms).all())
+        return self.waiting and unknown
+
     @torch.no_grad()
     def delta(self) -> Tensor:
         """Return g ∘ (W + s · B A) - W, (out, in).
@@ -117,11 +122,15 @@ class DoRALinear(LoRALinear):
         """
         self._refuse_merged()
         weight = dense_matrix(self.map, self.base)
-        turned = weight + super().delta()
-        norms = turned.norm(dim=1)
-        norms = torch.where(norms > 0, norms, 1)
-        merged: Tensor = turned * (self.magnitude / norms)[:, None]
-        return merged - weight
+        return self.merged_weight(weight) - weight
+
+    @torch.no_grad()
+    def merged_weight(self, weight: Tensor, turn: Rows = as_they_are) -> Tensor:
+        """Return g ∘ (W + s · B A) for a weight W (out, in); see `LowRankLinear`."""
+        turned = super().merged_weight(weight, turn)
+        norms = turned.norm(dim=1, keepdim=True)
+        merged: Tensor = turned * (turn(self.magnitude[:, None]) / torch.where(norms > 0, norms, 1))
+        return merged
 
 
 class ScaledLoRALinear(LoRALinear):

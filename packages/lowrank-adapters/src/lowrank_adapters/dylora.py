@@ -87,14 +87,16 @@ def set_rank_(layers: Mapping[str, LowRankLinear], rank: int) -> None:
 
 
 class RankSampler:
-    """Draws the one rank b that all layers use in a step, uniform over ``lowest`` to ``highest``.
+    """Draws the ranks b of a step, uniform over ``lowest`` to ``highest``.
 
-    The rank is a function of ``seed`` and the step alone: equal on all processes of a job, and
-    after a resumption. The layers of one rank share one mask from here on, so that a draw is two
-    tensor operations for each distinct rank, and no read of the device.
+    ``shared``: one rank for all layers, or one for each. A rank is a function of ``seed`` and the
+    step, and of the layer's name where it is not shared: equal on all processes of a job, and after
+    a resumption. A layer that has fewer components uses all of its own. The masks of the layers of
+    one rank are one tensor from here on, so that a draw is a few tensor operations for each
+    distinct rank, and no read of the device.
 
-    Saved: seed and bounds. The current rank is in the layers' masks.
-    Paper: DyLoRA, section 4.1, where b is drawn uniformly.
+    Saved: seed, bounds, and whether the draw is shared. The current rank is in the layers' masks.
+    Paper: DyLoRA, section 4.1, where one b is drawn uniformly for all.
 
     Raises:
         AdapterError: no layer is a `DyLoRALinear`, or the bounds are not 1 <= lowest <= highest.
@@ -112,21 +114,26 @@ class RankSampler:
         seed: int,
         lowest: int = 1,
         highest: int | None = None,
+        shared: bool = True,
     ) -> None:
         nested = {n: layer for n, layer in layers.items() if isinstance(layer, DyLoRALinear)}
         self.layers = nested
-        self._set(seed, lowest, self._largest() if highest is None else highest)
-        masks: dict[tuple[int, torch.device], Tensor] = {}
-        for layer in nested.values():
-            shared = masks.setdefault((layer.rank, layer.rank_mask.device), layer.rank_mask)
-            layer.rank_mask = shared
+        self._set(seed, lowest, self._largest() if highest is None else highest, shared)
+        groups: dict[tuple[int, torch.device], list[str]] = {}
+        for name, layer in nested.items():
+            groups.setdefault((layer.rank, layer.rank_mask.device), []).append(name)
+        self._masks = [
+            _Masks.over({name: nested[name] for name in names}, shared) for names in groups.values()
+        ]
 
     def _largest(self) -> int:
         return max((layer.rank for layer in self.layers.values()), default=0)
 
-    def _set(self, seed: int, lowest: int, highest: int) -> None:
+    def _set(self, seed: int, lowest: int, highest: int, shared: bool) -> None:
         if type(seed) is not int:
             raise AdapterError(f"seed is {seed!r}, expected a whole number.")
+        if type(shared) is not bool:
+            raise AdapterError(f"shared is {shared!r}, expected True or False.")
         largest = self._largest()
         whole = type(lowest) is type(highest) is int
         if not whole or not 1 <= lowest <= highest <= largest:
@@ -134,36 +141,82 @@ class RankSampler:
                 f"ranks are drawn from {lowest!r} to {highest!r}, expected bounds from 1 to "
                 f"{largest}, the largest rank of the DyLoRA layers."
             )
-        self.seed, self.lowest, self.highest = seed, lowest, highest
+        self.seed, self.lowest, self.highest, self.shared = seed, lowest, highest, shared
 
-    def rank_at(self, step: int) -> int:
-        """Return the rank of a step."""
+    def rank_at(self, step: int, name: str | None = None) -> int:
+        """Return the rank of a step; ``name``: of the layer, where the draw is not shared."""
         # A hash, so that neither a torch version nor a platform changes a resumed run.
-        digest = hashlib.blake2b(f"{self.seed} {step}".encode(), digest_size=8).digest()
+        text = f"{self.seed} {step}" if self.shared else f"{self.seed} {step} {name}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return self.lowest + int.from_bytes(digest, "big") % (self.highest - self.lowest + 1)
 
-    def draw_(self, step: int) -> int:
-        """Let all layers use the rank of a step; return it. Call it before the forward pass."""
-        rank = self.rank_at(step)
-        set_rank_(self.layers, rank)
-        return rank
+    def draw_(self, step: int) -> None:
+        """Let each layer use its rank of a step. Call it before the forward pass."""
+        shared = self.rank_at(step) if self.shared else None
+        for masks in self._masks:
+            masks.use_(shared or [self.rank_at(step, name) for name in masks.names])
+
+    def use_(self, rank: int) -> None:
+        """Let every layer use its first ``rank`` components, or all where it has fewer."""
+        for masks in self._masks:
+            masks.use_(rank)
 
     def state_dict(self) -> dict[str, int]:
         """Return everything that changes the ranks of later steps."""
-        return {"seed": self.seed, "lowest": self.lowest, "highest": self.highest}
+        return {
+            "seed": self.seed,
+            "lowest": self.lowest,
+            "highest": self.highest,
+            "shared": self.shared,
+        }
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned.
 
         Raises:
-            AdapterError: it has other keys, or bounds that the layers do not have; nothing changes.
+            AdapterError: it has other keys, bounds that the layers do not have, or another draw
+                than the masks were made for; nothing changes.
         """
         if state.keys() != self.state_dict().keys():
             raise AdapterError(
                 f"the state of the RankSampler has {sorted(state) or 'nothing'}, expected "
                 f"{sorted(self.state_dict())}; give what its state_dict returned."
             )
+        if state["shared"] is not self.shared:
+            raise AdapterError(
+                f"the state of the RankSampler has shared {state['shared']!r}, expected "
+                f"{self.shared}; make the sampler as that run did."
+            )
         self._set(**state)
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """The masks of the layers of one rank: one (rank,) for all of them, or (layers, rank)."""
+
+    names: tuple[str, ...]
+    mask: Tensor
+
+    @classmethod
+    def over(cls, layers: Mapping[str, DyLoRALinear], shared: bool) -> "_Masks":
+        """Make one tensor of the layers' masks, and give each its view."""
+        own = [layer.rank_mask for layer in layers.values()]
+        mask = own[0] if shared else torch.stack(own)
+        for layer, view in zip(
+            layers.values(), [mask] * len(own) if shared else mask.unbind(), strict=True
+        ):
+            layer.rank_mask = view
+        return cls(tuple(layers), mask)
+
+    def use_(self, rank: int | list[int]) -> None:
+        """Let each layer use its first components; ``rank``: of all, or by layer."""
+        if isinstance(rank, int):
+            self.mask.zero_()
+            self.mask.narrow(-1, 0, min(rank, self.mask.shape[-1])).fill_(True)
+            return
+        ranks = torch.tensor(rank).to(self.mask.device, non_blocking=True)
+        places = torch.arange(self.mask.shape[-1], device=self.mask.device)
+        torch.lt(places, ranks[:, None], out=self.mask)
 
 
 @dataclass(frozen=True)

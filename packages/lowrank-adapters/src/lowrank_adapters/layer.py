@@ -1,7 +1,7 @@
 """What every low-rank layer has: a frozen base, a rank, a scaling, and factors that it declares."""
 
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from itertools import chain
 
 import torch
@@ -14,6 +14,13 @@ from lowrank_adapters.errors import AdapterError
 from lowrank_adapters.factors import Factors
 from lowrank_adapters.maps import EmbeddingMap, dense_matrix, map_of
 from lowrank_adapters.starts import Components, Start, UnitRows, check_statistic
+
+Rows = Callable[[Tensor], Tensor]
+
+
+def as_they_are(rows: Tensor) -> Tensor:
+    """Return the rows in their order."""
+    return rows
 
 
 class LowRankLinear(Factors):
@@ -246,6 +253,25 @@ class LowRankLinear(Factors):
         self._refuse_merged()
         a, b = self.as_lora()
         return b @ a
+
+    def awaits_factors(self) -> bool:
+        """Whether factors are still to be computed from the base, which is on the meta device."""
+        return self.waiting
+
+    @torch.no_grad()
+    def merged_weight(self, weight: Tensor, turn: Rows = as_they_are) -> Tensor:
+        """Return W with the update added for a weight W (out, in), such as one read from a file.
+
+        The base is not looked at. ``turn``: reorders the rows of B, (out, k), and of whatever else
+        has a row for each output, where W's rows are in another order than the base's.
+
+        >>> from lowrank_adapters import LoRALinear
+        >>> layer = LoRALinear(nn.Linear(4, 3), rank=2, alpha=2.0)
+        >>> torch.equal(layer.merged_weight(torch.ones(3, 4)), torch.ones(3, 4))
+        True
+        """
+        a, b = self.as_lora()
+        return weight + (turn(b) @ a).to(weight.dtype)
 
     @property
     def weight(self) -> Tensor:

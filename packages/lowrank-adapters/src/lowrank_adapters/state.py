@@ -77,7 +77,7 @@ def refuse_waiting(layers: Mapping[str, LowRankLinear]) -> None:
         AdapterError: names the first one.
     """
     for name, layer in layers.items():
-        if layer.waiting:
+        if layer.awaits_factors():
             raise AdapterError(
                 f"{name} waits for the weights of its base, which was on the meta device; load "
                 "them and call materialise_(model) first."

@@ -44,6 +44,9 @@ def export(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of a merged model; each weight keeps its own without it.")
     ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of dylora and hyperdylora: how many ranks; all without it.")
+    ] = None,
 ) -> None:
     """Write a run's checkpoint as a LoRA adapter or a merged model, with a model card."""
     if output.exists():
@@ -56,12 +59,15 @@ def export(
 
     trained = open_trained(run, step=step, base=base)
     ranks = trained.method.ranks()
+    if rank is not None:
+        with trained.method.at_rank(rank):
+            ranks = dict.fromkeys(ranks, rank)
     merged = format_ is Format.MERGED
     card = model_card(record, ranks, step=trained.step, merged=merged)
     if merged:
         chosen = None if dtype is None else exports.DTYPES[dtype]
-        exports.export_merged(trained, output, dtype=chosen, texts={CARD: card})
+        exports.export_merged(trained, output, dtype=chosen, texts={CARD: card}, rank=rank)
     else:
-        exports.export_adapter(trained.method, trained.model, trained.settings, output)
+        exports.export_adapter(trained.method, trained.model, trained.settings, output, rank=rank)
         write_text(output / CARD, card)
     typer.echo(f"{output}: {format_}, of step {trained.step}")

@@ -1,6 +1,7 @@
 """What a trained method can be written as, from one process."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,14 +15,24 @@ from hyper_tune.torchtune.base_model import check_files, weight_files
 from hyper_tune.torchtune.hf_names import hf_module_name, output_row_order
 from hyper_tune.torchtune.settings import RecipeSettings
 from hyper_tune.torchtune.trained import TrainedRun
+from lowrank_adapters import LowRankLinear
 
 
 def export_adapter(
-    method: Assembly, model: TransformerDecoder, settings: RecipeSettings, folder: Path
+    method: Assembly,
+    model: TransformerDecoder,
+    settings: RecipeSettings,
+    folder: Path,
+    *,
+    rank: int | None = None,
 ) -> Path:
-    """Write the adapter as plain LoRA in PEFT's layout; return the folder."""
+    """Write the adapter as plain LoRA, or DoRA, in PEFT's layout; return the folder.
+
+    ``rank``: of a method with nested ranks; None takes all of them.
+    """
     return method.export(
         folder,
+        rank=rank,
         rename=hf_module_name,
         transform_b=_row_order(model, settings),
         base_model_name_or_path=base_name(settings),
@@ -35,11 +46,12 @@ def export_merged(
     *,
     dtype: torch.dtype | None = None,
     texts: Mapping[str, str] | None = None,
+    rank: int | None = None,
 ) -> Path:
     """Write the base with the updates added, for `AutoModelForCausalLM`; return the folder.
 
     The base is read from its checkpoint, file by file; the model's memory is not needed.
-    ``dtype`` and ``texts`` are those of `write_merged`.
+    ``dtype`` and ``texts`` are those of `write_merged`, ``rank`` that of `export_adapter`.
 
     Raises:
         UserError: the base is not there or of another model, or the folder exists.
@@ -48,29 +60,30 @@ def export_merged(
     run.method.write_factors_()
     order = _row_order(run.model, run.settings)
     edits = {
-        f"{hf_module_name(name)}.weight": _adding(name, a, order(name, b))
-        for name, (a, b) in ((n, layer.as_lora()) for n, layer in run.method.layers.items())
+        f"{hf_module_name(name)}.weight": _adding(name, layer, partial(order, name))
+        for name, layer in run.method.layers.items()
     }
     checkpointer = run.settings.checkpointer
-    return write_merged(
-        Path(checkpointer["checkpoint_dir"]),
-        weight_files(checkpointer),
-        folder,
-        edits,
-        dtype=dtype,
-        texts=texts,
-    )
+    with run.method.at_rank(rank):
+        return write_merged(
+            Path(checkpointer["checkpoint_dir"]),
+            weight_files(checkpointer),
+            folder,
+            edits,
+            dtype=dtype,
+            texts=texts,
+        )
 
 
-def _adding(name: str, a: Tensor, b: Tensor) -> Edit:
+def _adding(name: str, layer: LowRankLinear, order: Callable[[Tensor], Tensor]) -> Edit:
     def add(weight: Tensor) -> Tensor:
-        update = (b @ a).to(weight.dtype)
-        if update.shape != weight.shape:
+        trained = (layer.out_features, layer.in_features)
+        if tuple(weight.shape) != trained:
             raise UserError(
-                f"{name} is {tuple(weight.shape)} in the base's files, but {tuple(update.shape)} "
-                "in the model that was trained; give the base that the run had."
+                f"{name} is {tuple(weight.shape)} in the base's files, but {trained} in the model "
+                "that was trained; give the base that the run had."
             )
-        return weight + update
+        return layer.merged_weight(weight, order)
 
     return add
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
-from hyper_tune.assembly import attach
+from hyper_tune.attach import attach
 from hyper_tune.errors import UserError
 from hyper_tune.factors import FactorOwner
 from hyper_tune.memory import LiveMemory
@@ -54,11 +54,13 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
     )
     prepare_(model, alone, [], META)
     _make_runnable_(model)
+    for layer in layers.values():
+        layer.waiting = False  # for the base's values, which nothing here reads
     buffers = [buffer for _, buffer in model.named_buffers() if buffer.numel()]
     masks = [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]
     trained = [parameter for _, parameter in owner.named_parameters()]
-    generated = settings.method.hypernetwork is not None
-    hypernetworks = list(owner.state_dict().values()) if generated else []
+    # Learned factors are views of the stack, which is counted by itself.
+    hypernetworks = [t for t in owner.state_dict().values() if not _shares(t, stack.values)]
     optimizer = _optimizer(settings, trained)
     held = [*model.parameters(), *buffers, *hypernetworks, stack.values, stack.grads]
     with LiveMemory(held) as memory, warnings.catch_warnings():
@@ -75,7 +77,7 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
         root=root,
         buffers=[buffer for buffer in buffers if id(buffer) not in mask_ids],
         factors=stack.values.numel(),
-        hypernetworks=sum(parameter.numel() for parameter in trained) if generated else 0,
+        hypernetworks=sum(p.numel() for p in trained if not _shares(p, stack.values)),
         held={
             "factors": stack.values.nbytes + sum(mask.nbytes for mask in masks),
             "factor gradients": stack.grads.nbytes,
@@ -89,6 +91,10 @@ _PARTS = (
     *("optimizer", "generated factors, kept for their gradients", "hypernetwork gradients"),
     *("activations", "logits and loss", "backward pass"),
 )
+
+
+def _shares(tensor: Tensor, other: Tensor) -> bool:
+    return bool(tensor.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def _make_runnable_(model: TransformerDecoder) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hyper_tune.checks import known_fields, require, require_choice, require_number, require_text
+from hyper_tune.checks import (
+    known_fields,
+    require,
+    require_choice,
+    require_flag,
+    require_number,
+    require_text,
+)
 from hyper_tune.errors import UserError
 from hyper_tune.layout import check_dims
 from hyper_tune.method import MethodConfig
@@ -87,8 +94,7 @@ class RecipeSettings:
             "fsdp_cpu_offload",
             "resume_from_checkpoint",
         ):
-            value = getattr(self, name)
-            require(isinstance(value, bool), name, value, "must be True or False", "set one")
+            require_flag(name, getattr(self, name))
         require_choice("device", self.device, DEVICES)
         require_choice("dtype", self.dtype, DTYPES)
         check_dims(self.data_parallel_shard_dim, self.data_parallel_replicate_dim)

@@ -1,0 +1,125 @@
+"""Every method on both families: trained, resumed bit for bit, exported."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hyper_tune.cli.main import main
+from hyper_tune.method import METHODS
+from hyper_tune.torchtune.recipe import FineTuning
+from hyper_tune.torchtune.settings import RecipeSettings
+
+TOKENS = torch.arange(3, 61).reshape(2, 29)
+STEPS, SAVED = 4, 2
+ConfigMaker = Callable[..., Path]
+
+
+def method_section(name: str) -> dict[str, Any]:
+    """The method at a size for tests, pruning or sampling within its few steps."""
+    method = METHODS[name]
+    section: dict[str, Any] = {"name": name, "init_rank": 3}
+    if method.generated:
+        section["hypernetwork"] = {"preset": "attention-tiny"}
+    if method.prunes:
+        section |= {"budget": 2, "pruning": {"interval": 1, "finish_by": 0.6}}
+    return section
+
+
+def settings_of(config: Path, **overrides: Any) -> RecipeSettings:
+    return RecipeSettings.from_config(OmegaConf.merge(OmegaConf.load(config), overrides))
+
+
+def train(config: Path, **overrides: Any) -> tuple[Tensor, Tensor]:
+    """Train to the end; the logits of the base and of the trained model."""
+    with FineTuning(settings_of(config, **overrides)) as run, torch.no_grad():
+        base = torch.cat(run.model.eval()(TOKENS), dim=1)
+        with torch.enable_grad():
+            run.train()
+        run.folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.load(config)))
+        return base, torch.cat(run.model.eval()(TOKENS), dim=1)
+
+
+def checkpoint(folder: Path, step: int) -> dict[str, bytes]:
+    """The bytes of every file of a checkpoint."""
+    paths = (folder / "checkpoints" / f"step-{step:08d}").iterdir()
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def add_adapter_(model: torch.nn.Module, folder: Path) -> None:
+    """Add an adapter's folder to the weights as PEFT's LoRA and DoRA are defined, by hand."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scaling = config["lora_alpha"] / config["r"]
+    modules = dict(model.named_modules())
+    names = {key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for key in tensors}
+    assert len(names) == 14
+    for name in names:
+        key = f"base_model.model.{name}.lora_"
+        weight = modules[name].weight
+        update = scaling * tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"]
+        weight += update
+        if config["use_dora"]:
+            magnitude = tensors[f"{key}magnitude_vector"]
+            weight *= (magnitude / weight.norm(dim=1))[:, None]
+
+
+@pytest.mark.filterwarnings("ignore:lr_scheduler.num_warmup_steps")
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_trains_resumes_and_exports(
+    tmp_path: Path,
+    make_config: ConfigMaker,
+    request: pytest.FixtureRequest,
+    name: str,
+    family: str,
+) -> None:
+    keys = request.getfixturevalue(family)
+    config = make_config(
+        **keys,
+        method=method_section(name),
+        optimizer={"_component_": "torch.optim.Adam", "lr": 2e-3 if "hyper" in name else 0.05},
+        lr_scheduler={
+            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+            "num_warmup_steps": 0,
+        },
+        max_steps=STEPS,
+        save_every_n_steps=SAVED,
+        gradient_accumulation_steps=1,
+    )
+    whole, resumed = tmp_path / "run", tmp_path / "resumed"
+    base, trained = train(config)
+    plain = AutoModelForCausalLM.from_pretrained(keys["checkpointer"]["checkpoint_dir"])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(TOKENS).logits, base, rtol=1e-5, atol=1e-5)
+    assert (trained - base).abs().max() > 0.05
+
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / f"step-{STEPS:08d}")
+    _, again = train(config, output_dir=str(resumed), resume_from_checkpoint=True)
+    assert torch.equal(again, trained)
+    assert checkpoint(resumed, STEPS) == checkpoint(whole, STEPS)
+    assert (
+        checkpoint(whole, SAVED)["state.safetensors"]
+        != checkpoint(whole, STEPS)["state.safetensors"]
+    )
+
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    assert main(["export", str(whole), str(adapter)]) == 0
+    assert main(["export", str(whole), str(merged), "--format", "merged"]) == 0
+    with torch.no_grad():
+        add_adapter_(plain, adapter)
+        torch.testing.assert_close(plain(TOKENS).logits, trained, rtol=1e-5, atol=1e-5)
+        loaded = AutoModelForCausalLM.from_pretrained(merged)
+        torch.testing.assert_close(loaded(TOKENS).logits, trained, rtol=1e-5, atol=1e-5)
+    at_the_end = load_file(whole / "adapter" / "adapter_model.safetensors")
+    exported = load_file(adapter / "adapter_model.safetensors")
+    assert all(torch.equal(exported[key], value) for key, value in at_the_end.items())
