@@ -69,6 +69,8 @@ class RecipeSettings:
     validate_every_n_steps: int | None = None
     max_skipped_steps: int = 5
     resume_from_checkpoint: bool = False
+    collective_timeout_seconds: float = 600
+    debug_rank_agreement: bool = False
     model_dir: str | None = None
     data_dir: str | None = None
 
@@ -79,6 +81,7 @@ class RecipeSettings:
             "compile",
             "enable_activation_checkpointing",
             "resume_from_checkpoint",
+            "debug_rank_agreement",
         ):
             value = getattr(self, name)
             require(isinstance(value, bool), name, value, "must be True or False", "set one")
@@ -106,6 +109,7 @@ class RecipeSettings:
         for name in ("max_steps", "validate_every_n_steps"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), whole=True, least=1)
+        require_number("collective_timeout_seconds", self.collective_timeout_seconds, above=0)
         if self.clip_grad_norm is not None:
             require_number("clip_grad_norm", self.clip_grad_norm, above=0)
 
