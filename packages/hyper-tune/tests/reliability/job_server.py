@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-
 from faults import install, log_samples
+
 from hyper_tune.torchtune import cli
 
 

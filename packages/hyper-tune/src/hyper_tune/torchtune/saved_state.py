@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from hyper_tune.errors import UserError
 from hyper_tune.torchtune.identity import refuse_other_run
 from hyper_tune.tree import flatten
@@ -14,8 +16,15 @@ def state_of(run: "FineTuning") -> dict[str, Any]:
     """Return everything that changes a run's next step; tensors are live.
 
     Raises:
+        UserError: a trained tensor is not finite; saving it could push out the last good one.
         TypeError, ValueError: it has a value that no checkpoint can hold; its path is named.
     """
+    unfit = [name for name, value in run.method.owner.named_parameters() if not _finite(value)]
+    if unfit:
+        raise UserError(
+            f"after step {run.step}, {unfit[0]} is not finite ({len(unfit)} tensors are not), so "
+            "that it is not saved; older checkpoints stay. Lower optimizer.lr and resume."
+        )
     state = {
         "run": run.identity,
         "method": run.method.state_dict(run.optimizer),
@@ -24,6 +33,10 @@ def state_of(run: "FineTuning") -> dict[str, Any]:
     }
     flatten(state)  # Refuses on whichever rank it is, before rank 0 writes.
     return state
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def restore_(run: "FineTuning", state: Any, step: int) -> None:
