@@ -140,14 +140,14 @@ def rewrite(folder: Path, name: str, content: bytes) -> None:
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def leave_only_a_manifest(folder: Path) -> None:
     for name in ("state.json", "state.safetensors"):
         (folder / name).unlink()
     manifest = {"format": 1, "name": folder.name, "files": {}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 TENSORS, PLAIN = "state.safetensors", "state.json"

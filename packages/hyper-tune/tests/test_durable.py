@@ -86,7 +86,7 @@ def test_every_truncation_is_found(committed: Path, name: str) -> None:
 
 def change_manifest(folder: Path, **changes: Any) -> None:
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=1))
 
 
 def replace_by_link(folder: Path) -> None:
@@ -118,6 +118,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_manifest(f, files={}),
         "files and manifest differ: a.bin, b.txt",
     ),
+    "a space more": (
+        lambda f: (f / "manifest.json").write_bytes((f / "manifest.json").read_bytes() + b" "),
+        "its manifest was changed",
+    ),
     "a huge manifest": (
         lambda f: change_manifest(f, padding="x" * (1 << 20)),
         "its manifest is too large",
@@ -131,6 +135,8 @@ UNREADABLE = [
     b"\xff",
     b"[" * 200_000,
     b'{"files": []}',
+    b'{"format": 1, "name": "final", "files": {}, "files": {}}',
+    b'{"format": 1, "name": "final", "files": {}, "more": NaN}',
     b'{"files": {"a": 1}, "format": 1, "name": "final"}',
     b'{"files": {"a": {}}}',
 ]

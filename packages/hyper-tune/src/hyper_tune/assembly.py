@@ -78,9 +78,18 @@ class Assembly:
         """Return what the optimizer trains: hypernetworks, or the stacked factors themselves."""
         return self._parameters
 
-    def step(self, optimizer: Optimizer, max_grad_norm: float | None = None) -> TrainingStep:
-        """Return the context manager of one optimizer step; see `TrainingStep`."""
-        return TrainingStep(self, optimizer, max_grad_norm)
+    def step(
+        self,
+        optimizer: Optimizer,
+        max_grad_norm: float | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> TrainingStep:
+        """Return the context manager of one optimizer step; see `TrainingStep`.
+
+        ``stop_requested`` is asked once, before the reduction over ranks; the step's report says
+        whether it was true on any of them.
+        """
+        return TrainingStep(self, optimizer, max_grad_norm, stop_requested)
 
     @torch.no_grad()
     def write_factors_(self) -> None:

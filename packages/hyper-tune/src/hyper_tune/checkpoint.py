@@ -2,18 +2,29 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from hyper_tune.durable import TEMPORARY, DamagedError, commit, remove_temporary, verify
+from hyper_tune import strict_json
+from hyper_tune.durable import (
+    TEMPORARY,
+    DamagedError,
+    commit,
+    make_folder,
+    remove_temporary,
+    verify,
+)
 from hyper_tune.errors import UserError
 from hyper_tune.tree import flatten, unflatten
 
 TENSORS, PLAIN = "state.safetensors", "state.json"
 _PREFIX = "step-"
+# What is parsed takes many times its size: bounds for a file that was made to exhaust the memory.
+_PLAIN_LIMIT, _HEADER_LIMIT = 2 << 20, 4 << 20
 
 
 def _folder(folder: Path, step: int) -> Path:
@@ -39,20 +50,25 @@ def write_checkpoint(folder: Path, step: int, state: Any, *, keep: int = 3) -> P
     damaged one, which is left alone and does not count.
 
     Raises:
+        ValueError: the state has more names or plain values than are read again.
         FileExistsError: the step was saved before; nothing is overwritten.
         OSError: the disk is full or refuses; the checkpoints that were there stay.
     """
     tensors, plain = flatten(state)
-    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        TENSORS: save({key: value.contiguous() for key, value in tensors.items()}),
+        PLAIN: json.dumps(plain, allow_nan=False).encode(),
+    }
+    _refuse_too_large(contents)
+    make_folder(folder)
     remove_temporary(folder)
     final = _folder(folder, step)
     _set_aside_if_damaged(final)
     temporary = folder / f"{TEMPORARY}{final.name}"
     temporary.mkdir()
     try:
-        whole = {key: value.contiguous() for key, value in tensors.items()}
-        (temporary / TENSORS).write_bytes(save(whole))
-        (temporary / PLAIN).write_text(json.dumps(plain, allow_nan=False), encoding="utf-8")
+        for name, content in contents.items():
+            (temporary / name).write_bytes(content)
         commit(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -61,6 +77,21 @@ def write_checkpoint(folder: Path, step: int, state: Any, *, keep: int = 3) -> P
     for old in [saved for saved in _steps(folder) if saved <= step][keep:]:
         shutil.rmtree(_folder(folder, old))
     return final
+
+
+def _refuse_too_large(contents: Mapping[str, bytes]) -> None:
+    """Refuse what could not be read again: too many plain values, or too many tensors.
+
+    Raises:
+        ValueError: says which, with what is there and what is read.
+    """
+    header = int.from_bytes(contents[TENSORS][:8], "little")
+    for what, size, limit in (
+        ("names and shapes of tensors", header, _HEADER_LIMIT),
+        ("plain values", len(contents[PLAIN]), _PLAIN_LIMIT),
+    ):
+        if size > limit:
+            raise ValueError(f"{size} bytes of {what}, at most {limit} are read")
 
 
 def _set_aside_if_damaged(path: Path) -> None:
@@ -110,8 +141,10 @@ def read_step(folder: Path, step: int) -> Any:
 def _read(path: Path) -> Any:
     try:
         verify(path)
-        plain = json.loads((path / PLAIN).read_bytes())
-        return unflatten(load((path / TENSORS).read_bytes()), plain)
+        contents = {name: (path / name).read_bytes() for name in (TENSORS, PLAIN)}
+        _refuse_too_large(contents)
+        plain = strict_json.parse(contents[PLAIN], _PLAIN_LIMIT)
+        return unflatten(load(contents[TENSORS]), plain)
     except DamagedError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:

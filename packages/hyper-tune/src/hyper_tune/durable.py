@@ -4,8 +4,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from hyper_tune import strict_json
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
@@ -24,6 +27,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, and wait until all of them are on the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync(folder.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,8 +83,12 @@ def commit(temporary: Path, final: Path) -> None:
         for name in names
     }
     manifest = {"format": FORMAT, "name": final.name, "files": files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (temporary / MANIFEST).write_bytes(_manifest_bytes(manifest))
     publish(temporary, final)
+
+
+def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1).encode()
 
 
 def verify(folder: Path) -> None:
@@ -104,15 +119,19 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise DamagedError("it has no manifest")
     if path.stat().st_size > _MANIFEST_LIMIT:
         raise DamagedError("its manifest is too large")
+    content = path.read_bytes()
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = strict_json.parse(content, _MANIFEST_LIMIT)
         files = manifest["files"]
         entries = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
         version, name = manifest["format"], manifest["name"]
+        canonical = content == _manifest_bytes(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError("its manifest is not readable") from error
     if version != FORMAT:
         raise DamagedError(f"its format is {version}, this version reads {FORMAT}")
+    if not canonical:
+        raise DamagedError("its manifest was changed")
     if name != folder.name:
         raise DamagedError(f"it was written as {name}")
     return {name: {"bytes": size, "sha256": sha} for name, (size, sha) in entries.items()}

@@ -12,5 +12,19 @@ class UserError(ValueError):
     """
 
 
+class PeerLostError(RuntimeError):
+    """Another process of the job has ended or does not answer; nothing is wrong with this one.
+
+    Commands print the text alone, and exit with status 75: the job may be started again.
+    """
+
+
+class StoppedError(Exception):
+    """The run ended at a step, saved, because a process of it was sent SIGTERM.
+
+    Commands print the text alone, and exit with status 143, which is 128 + SIGTERM.
+    """
+
+
 PERSONS_MISTAKES = (UserError, AdapterError, BudgetError, HyperError)
-EXIT_MISTAKE = 2
+EXIT_MISTAKE, EXIT_PEER_LOST, EXIT_INTERRUPTED, EXIT_STOPPED = 2, 75, 130, 143

@@ -3,6 +3,8 @@
 import gc
 import os
 from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from hyper_tune.errors import UserError
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -74,16 +78,18 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def start(device: torch.device) -> torch.device:
+def start(device: torch.device, timeout_seconds: float = 600) -> torch.device:
     """Join the job that `torchrun` describes in the environment; return this process's device.
 
-    gloo carries the CPU's tensors and NCCL a GPU's. Without `torchrun` nothing is started.
+    gloo carries the CPU's tensors and NCCL a GPU's; either raises where the other ranks do not
+    take part within ``timeout_seconds``. Without `torchrun` nothing is started.
     """
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     return device
 
 
@@ -96,24 +102,33 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def on_rank_zero(action: Callable[[], object], device: torch.device) -> None:
-    """Run ``action`` on rank 0 alone; where it fails there, every rank raises.
+def together(action: Callable[[], T], device: torch.device) -> T:
+    """Run ``action`` on every rank and return what it returns; where one fails, every rank raises.
 
     Raises:
-        Exception: on rank 0, whatever the action raised.
-        UserError: on the other ranks.
+        Exception: on a rank where the action failed, whatever it raised.
+        UserError: on the other ranks; it names the first that failed.
     """
     failure: Exception | None = None
-    if rank() == 0:
-        try:
-            action()
-        except Exception as error:
-            failure = error
-    failed = sum_over_ranks_(torch.tensor(float(failure is not None), device=device))
+    result: T | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    none = world_size()
+    first = torch.tensor(none if failure is None else rank(), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(first, dist.ReduceOp.MIN)
     if failure is not None:
         raise failure
-    if failed:
-        raise UserError("rank 0 could not go on; its message says why.")
+    if first < none:
+        raise UserError(f"rank {int(first)} could not go on; its message says why.")
+    return cast("T", result)
+
+
+def on_rank_zero(action: Callable[[], object], device: torch.device) -> None:
+    """Run ``action`` on rank 0 alone; where it fails there, every rank raises, as `together`."""
+    together(lambda: action() if rank() == 0 else None, device)
 
 
 def agree(value: int, what: str, device: torch.device) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hyper_tune.checkpoint import has_checkpoints
-from hyper_tune.durable import remove_temporary, write_text
+from hyper_tune.durable import make_folder, remove_temporary, write_text
 from hyper_tune.errors import UserError
 from hyper_tune.metrics import Metrics
 
@@ -46,7 +46,7 @@ class RunFolder:
 
     def _take(self) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be written: {error}.") from error

@@ -1,6 +1,7 @@
 """The order of one training step, written once for every recipe and trainer."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -25,7 +26,8 @@ class StepReport:
     ``loss``: mean over the tokens of all micro-batches and ranks, without the penalty; None where
     the step was not told its tokens. ``penalty``: the orthogonality term, unweighted.
     ``grad_norm``: of the trainable parameters, before clipping. ``finite``: False where the step
-    was skipped, which leaves every state as it was.
+    was skipped, which leaves every state as it was. ``stop_requested``: whether any rank was asked
+    to stop, known where the step was told its tokens.
     """
 
     loss: float | None
@@ -35,6 +37,7 @@ class StepReport:
     finite: bool
     live_ranks: int
     allocation: Allocation | None
+    stop_requested: bool
 
 
 class TrainingStep:
@@ -54,10 +57,12 @@ class TrainingStep:
         assembly: "Assembly",
         optimizer: Optimizer,
         max_grad_norm: float | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self._assembly = assembly
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
+        self._stop_requested = stop_requested
         self._sums: Tensor | None
         self.report: StepReport
 
@@ -99,14 +104,14 @@ class TrainingStep:
 
     def _finish(self) -> None:
         assembly = self._assembly
-        loss, tokens = self._reduce()
+        loss, tokens, stops = self._reduce()
         if assembly.allocator is not None:
             assembly.allocator.score()
         penalty = self._add_penalty()
         assembly.owner.backward()
         norm = self._clip()
-        loss_value, penalty_value, norm_value, token_count = torch.stack(
-            [value.double() for value in (loss, penalty, norm, tokens)]
+        loss_value, penalty_value, norm_value, token_count, stop_count = torch.stack(
+            [value.double() for value in (loss, penalty, norm, tokens, stops)]
         ).tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         allocation = None
@@ -122,20 +127,26 @@ class TrainingStep:
             finite=finite,
             live_ranks=assembly.live_ranks,
             allocation=allocation,
+            stop_requested=stop_count > 0,
         )
 
-    def _reduce(self) -> tuple[Tensor, Tensor]:
-        """Sum gradients over ranks, divide by all tokens; return the mean loss and the tokens."""
+    def _reduce(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum gradients over ranks, divide by all tokens.
+
+        Returns the mean loss, the tokens, and the ranks that are asked to stop, which go into the
+        same reduction, so that all ranks learn of it at the same step.
+        """
         stack = self._assembly.stack
         stack.check_bound()
         sum_over_ranks_(stack.grads)
         if self._sums is None:
             stack.grads.div_(world_size())
             zero = torch.zeros((), device=stack.grads.device)
-            return zero, zero
-        loss_sum, tokens = sum_over_ranks_(self._sums).unbind()
+            return zero, zero, zero
+        stops = self._sums.new_full((1,), float(self._stop_requested()))
+        loss_sum, tokens, stops = sum_over_ranks_(torch.cat([self._sums, stops])).unbind()
         stack.grads.div_(tokens)
-        return loss_sum / tokens, tokens
+        return loss_sum / tokens, tokens, stops
 
     def _add_penalty(self) -> Tensor:
         assembly = self._assembly

@@ -10,13 +10,22 @@ from typing import TextIO
 from omegaconf import DictConfig
 
 from hyper_tune import parallel
-from hyper_tune.errors import EXIT_MISTAKE, PERSONS_MISTAKES, UserError
+from hyper_tune.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_MISTAKE,
+    EXIT_PEER_LOST,
+    EXIT_STOPPED,
+    PERSONS_MISTAKES,
+    PeerLostError,
+    StoppedError,
+    UserError,
+)
 from hyper_tune.overrides import apply_overrides
 from hyper_tune.packaged import find_config, read_config
 from hyper_tune.torchtune.fine_tune import fine_tune
+from hyper_tune.torchtune.results import say
 from hyper_tune.torchtune.settings import COMPONENTS
 
-EXIT_INTERRUPTED = 130
 _PATIENCE_SECONDS = 5
 
 
@@ -54,19 +63,29 @@ def _run(config: DictConfig) -> int:
     except KeyboardInterrupt:
         _report(UserError("interrupted; resume with resume_from_checkpoint=True."))
         return EXIT_INTERRUPTED
+    except StoppedError as error:
+        say(str(error))
+        return EXIT_STOPPED
+    except PeerLostError as error:
+        _write(error)
+        return EXIT_PEER_LOST
     finally:
         parallel.stop()
     return 0
 
 
 def _report(error: Exception) -> int:
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
+    if int(os.environ.get("RANK", 0)):
         # The launcher ends the job at the first exit. Rank 0 has made the same mistake as a rule,
         # and speaks first; where it has not, this process lives on and must.
         time.sleep(_PATIENCE_SECONDS)
-    sys.stderr.write(f"error{f' (rank {rank})' if rank else ''}: {error}\n")
+    _write(error)
     return EXIT_MISTAKE
+
+
+def _write(error: Exception) -> None:
+    rank = int(os.environ.get("RANK", 0))
+    sys.stderr.write(f"error{f' (rank {rank})' if rank else ''}: {error}\n")
 
 
 def _one_line_warning(

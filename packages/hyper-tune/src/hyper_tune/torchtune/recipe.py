@@ -11,10 +11,13 @@ from tqdm import tqdm
 from hyper_tune import parallel
 from hyper_tune.assembly import assemble
 from hyper_tune.checkpoint import has_checkpoints, read_newest, write_checkpoint
-from hyper_tune.errors import UserError
+from hyper_tune.errors import StoppedError, UserError
+from hyper_tune.peers import Peers
+from hyper_tune.rank_agreement import refuse_disagreement, replicated_tensors
 from hyper_tune.run_folder import RunFolder
 from hyper_tune.sampling import batch_indices, derive_seed, total_steps
 from hyper_tune.step import StepReport
+from hyper_tune.stop_request import StopRequest
 from hyper_tune.torchtune.base_model import (
     base_layout,
     build_on_meta,
@@ -25,9 +28,10 @@ from hyper_tune.torchtune.base_model import (
 from hyper_tune.torchtune.components import build, build_tokenizer
 from hyper_tune.torchtune.data import Samples, collate, open_dataset
 from hyper_tune.torchtune.evaluate import Questions, held_out_loss, peak_memory_mib
-from hyper_tune.torchtune.identity import refuse_other_run, run_identity
+from hyper_tune.torchtune.identity import run_identity
 from hyper_tune.torchtune.loss import IGNORE_INDEX, cross_entropy_sum
 from hyper_tune.torchtune.results import progress_text, say, step_row, write_results
+from hyper_tune.torchtune.saved_state import restore_, state_of
 from hyper_tune.torchtune.settings import RecipeSettings
 
 
@@ -40,36 +44,44 @@ class FineTuning:
 
     Raises:
         UserError: a setting, file or record that cannot be used, before any training.
+        StoppedError: from `train`, once it is saved that a process was sent SIGTERM.
+        PeerLostError: another process has ended, or did not answer in time.
     """
 
     def __init__(self, settings: RecipeSettings) -> None:
         self.settings = settings
         self.folder = RunFolder(settings.output_dir)
-        self.step = 0
+        self.step = self.total_steps = 0
         self.before: dict[str, float] = {}
         self._skipped = 0
         self._saved_step = 0
+        self._peers = Peers()
+        self._stop = StopRequest()
         self.seconds: list[float] = []
 
     def __enter__(self) -> "FineTuning":
         try:
             self._build()
-        except BaseException:
+        except BaseException as error:
             self.folder.close()
+            self._explain(error)
             raise
         return self
 
     def _build(self) -> None:
         settings = self.settings
         check_files(settings)
-        self.device = parallel.start(parallel.usable_device(settings.device))
+        device = parallel.usable_device(settings.device)
+        self.device = parallel.start(device, settings.collective_timeout_seconds)
         base_layout(settings)  # refuses a job of another size
+        self._peers = Peers.meet(self.device)
         self.tokenizer = build_tokenizer(settings.tokenizer)
         model = build_on_meta(settings)
         self._open_data(limit=model.max_seq_len, vocabulary=model.tok_embeddings.num_embeddings)
         self.total_steps = total_steps(
             len(self.data), self._global_batch, settings.epochs, settings.max_steps
         )
+        self.identity = run_identity(settings, self.data, self.total_steps)
         torch.manual_seed(derive_seed(settings.seed, "start"))
         self.method = assemble(
             model, settings.method, total_steps=self.total_steps, device=self.device
@@ -95,6 +107,14 @@ class FineTuning:
         trace: TracebackType | None,
     ) -> None:
         self.folder.close()
+        if error is not None:
+            self._explain(error)
+
+    def _explain(self, error: BaseException) -> None:
+        """Say of a collective that cannot end which process is missing."""
+        lost = self._peers.explain(error, f"after step {self.step} of {self.total_steps}")
+        if lost is not None:
+            raise lost from error
 
     @property
     def _global_batch(self) -> int:
@@ -133,15 +153,9 @@ class FineTuning:
         step, state, reports = read_newest(self.folder.checkpoints)
         for line in reports:
             say(line)
-        refuse_other_run(state["run"], self._identity())
-        self.method.load_state_dict(state["method"], self.optimizer)
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.before = state["before"]
+        restore_(self, state, step)
         self.step = self._saved_step = step
         say(f"resuming {self.folder.path} from step {step} of {self.total_steps}")
-
-    def _identity(self) -> dict[str, Any]:
-        return run_identity(self.settings, self.data, self.total_steps)
 
     def train(self) -> None:
         """Run to the last step, evaluate before and after, write adapter and summary."""
@@ -154,7 +168,7 @@ class FineTuning:
             unit="step",
             disable=parallel.rank() != 0,
         )
-        with progress:
+        with progress, self._stop:
             while self.step < self.total_steps:
                 row = self._train_step()
                 progress.update()
@@ -169,16 +183,28 @@ class FineTuning:
         self.step += 1
         seconds = time.perf_counter() - started
         self.seconds.append(seconds)
+        if self.settings.debug_rank_agreement:
+            replicated = replicated_tensors(self.method, self.optimizer)
+            refuse_disagreement(replicated, f"after step {self.step}")
         row = step_row(self.step, report, lr, seconds, peak_memory_mib(self.device))
-        if self.held_out is not None and self._every(self.settings.validate_every_n_steps):
+        validates = self._every(self.settings.validate_every_n_steps) and not report.stop_requested
+        if self.held_out is not None and validates:
             self.method.write_factors_()
             row["validation_loss"] = self._held_out_loss(self.held_out)
         if parallel.rank() == 0:
             self.folder.metrics.append(row)
         self._count_skipped(report)
-        if report.finite and self._save_is_due():
+        if report.finite and (report.stop_requested or self._save_is_due()):
             self._save()
+            self._stop_if(report.stop_requested)
         return row
+
+    def _stop_if(self, requested: bool) -> None:
+        if requested and self.step < self.total_steps:
+            raise StoppedError(
+                f"stopped by SIGTERM after step {self.step} of {self.total_steps}, which is saved; "
+                "go on with resume_from_checkpoint=True."
+            )
 
     def _optimize(self) -> StepReport:
         settings = self.settings
@@ -195,7 +221,9 @@ class FineTuning:
             shuffle=settings.shuffle,
         )
         self.model.train()
-        with self.method.step(self.optimizer, settings.clip_grad_norm) as step:
+        with self.method.step(
+            self.optimizer, settings.clip_grad_norm, lambda: self._stop.requested
+        ) as step:
             for indices in batches:
                 samples = [self.data[index] for index in indices]
                 tokens, labels = collate(samples, self.tokenizer.pad_id, self.device)
@@ -229,12 +257,7 @@ class FineTuning:
             )
 
     def _save(self) -> None:
-        state = {
-            "run": self._identity(),
-            "method": self.method.state_dict(self.optimizer),
-            "scheduler": self.scheduler.state_dict(),
-            "before": self.before,
-        }
+        state = parallel.together(lambda: state_of(self), self.device)
         keep = self.settings.keep_checkpoints
         parallel.on_rank_zero(
             lambda: write_checkpoint(self.folder.checkpoints, self.step, state, keep=keep),

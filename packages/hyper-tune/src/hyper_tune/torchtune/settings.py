@@ -81,6 +81,8 @@ class RecipeSettings:
     validate_every_n_steps: int | None = None
     max_skipped_steps: int = 5
     resume_from_checkpoint: bool = False
+    collective_timeout_seconds: float = 600
+    debug_rank_agreement: bool = False
     model_dir: str | None = None
     data_dir: str | None = None
 
@@ -93,6 +95,7 @@ class RecipeSettings:
             "enable_activation_offloading",
             "fsdp_cpu_offload",
             "resume_from_checkpoint",
+            "debug_rank_agreement",
         ):
             require_flag(name, getattr(self, name))
         require_choice("device", self.device, DEVICES)
@@ -121,6 +124,7 @@ class RecipeSettings:
         for name in ("max_steps", "validate_every_n_steps"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), whole=True, least=1)
+        require_number("collective_timeout_seconds", self.collective_timeout_seconds, above=0)
         if self.clip_grad_norm is not None:
             require_number("clip_grad_norm", self.clip_grad_norm, above=0)
 

@@ -1,0 +1,120 @@
+"""Jobs that are forked and struck, how often, and where the measured figures go."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SERVER = Path(__file__).with_name("job_server.py")
+PATIENCE = 120.0
+
+
+@dataclass
+class Job:
+    """A job that was started: its processes, and what it has said and left."""
+
+    server: "Jobs"
+    processes: list[int]
+    output: Path
+    log: Path
+    started: float = field(default_factory=time.monotonic)
+
+    def wait(self, seconds: float = PATIENCE) -> list[int | None]:
+        """Wait until all processes have ended; return each one's status, None if it goes on."""
+        found = self.server.ask({"wait": seconds})
+        self.ended_at = [None if end is None else end[1] for end in found]
+        return [None if end is None else end[0] for end in found]
+
+    def kill(self) -> None:
+        """End every process that has not ended."""
+        for process, end in zip(self.processes, self.server.ask({"wait": 0}), strict=True):
+            if end is None:
+                os.kill(process, signal.SIGKILL)
+        self.wait()
+
+    def said(self, rank: int = 0) -> str:
+        """Return what a process has written."""
+        return (self.log / f"{rank}.err").read_text()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the whole rows of figures."""
+        path = self.output / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Jobs:
+    """Starts jobs of the packaged recipe."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+        self._process = subprocess.Popen(
+            [sys.executable, str(SERVER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """Send a request and return the answer."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    def start(
+        self,
+        config: Path,
+        output: Path,
+        *overrides: str,
+        ranks: int = 1,
+        faults: list[dict[str, Any]] | None = None,
+        samples: Path | None = None,
+    ) -> Job:
+        """Start a job; a fault's ``mark`` becomes ``MARK.RANK`` in the job's log folder."""
+        self._count += 1
+        log = self._folder / str(self._count)
+        log.mkdir()
+        struck = [{**fault, "mark": str(log / f"mark-{n}")} for n, fault in enumerate(faults or [])]
+        job = {
+            "arguments": ["--config", str(config), f"output_dir={output}", *overrides],
+            "ranks": ranks,
+            "log": str(log),
+            "faults": struck,
+            "samples": None if samples is None else str(samples),
+        }
+        return Job(self, self.ask({"start": job}), output, log)
+
+    def close(self) -> None:
+        """End the server."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        assert self._process.wait(PATIENCE) == 0
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """The server of jobs."""
+    server = Jobs(tmp_path_factory.mktemp("jobs"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def job_config(make_config: Callable[..., Path]) -> Callable[..., Path]:
+    """Return what writes the configuration of a short run: pruned at the steps 3 and 6."""
+    return lambda **keys: make_config(**{"gradient_accumulation_steps": 1, **keys})
