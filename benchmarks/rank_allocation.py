@@ -34,7 +34,7 @@ LLAMA = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 40
 LLAMA |= {"gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}
 SIZES = {"Llama-3.1-8B": LLAMA, "64-wide": dict.fromkeys(LLAMA, (64, 64))}
 VIEWS = {"view", "unbind", "slice", "alias", "split_with_sizes", "squeeze", "unsqueeze", "t"}
-VIEWS |= {"detach", "expand", "transpose", "_unsafe_view"}
+VIEWS |= {"detach", "expand", "select", "transpose", "_unsafe_view"}
 STEPS = 10**6  # far from the end, where both would stop
 
 
