@@ -94,8 +94,11 @@ def llama(layers, scale, kit=None):
     return matrices, factors
 
 
+@pytest.mark.parametrize("direction", ["prune", "regrow"])
 @pytest.mark.parametrize("separate", [False, True])
-def test_an_allocation_over_448_matrices_takes_at_most_40_operations(kit, monkeypatch, separate):
+def test_an_allocation_over_448_matrices_takes_at_most_40_operations(
+    kit, monkeypatch, separate, direction
+):
     """Where all is one run: on an accelerator whatever the size, on a CPU what its cache holds."""
     monkeypatch.setattr("rank_budget.arena.CACHED", 2**40)
     found = []
@@ -103,7 +106,8 @@ def test_an_allocation_over_448_matrices_takes_at_most_40_operations(kit, monkey
         matrices, factors = llama(layers, 64, kit if separate else None)
         initial = layers * 7 * 16
         schedule = CubicBudget(initial, initial // 2, total_steps=100)
-        allocator = RankAllocator(matrices, schedule, factors=factors, score=SmoothedSensitivity())
+        options = {"factors": factors, "direction": direction}
+        allocator = RankAllocator(matrices, schedule, score=SmoothedSensitivity(), **options)
         with kit.Counted() as mode:
             allocator.score()
             allocator.step()
