@@ -2,12 +2,14 @@
 
     python benchmarks/rank_allocation.py --write benchmarks/results/rank-budget.md
 
-Needs peft. Both update AdaLoRA's averages and choose anew, rounds taking turns; the figure is the
-quotient of the fastest rounds, which other work on the machine disturbs least.
+Needs peft. Both update AdaLoRA's averages at every step, and choose anew at every second; what a
+training pays at each kind of step is timed. Rounds take turns, and the figures are medians: of the
+milliseconds, and of the quotient of PEFT's and ours within a round.
 """
 
 import argparse
 import platform
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from rank_budget import (
     RankedFactors,
     RankedMatrices,
     SmoothedSensitivity,
+    arena,
     ranked_layers,
 )
 
@@ -34,8 +37,11 @@ LLAMA = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 40
 LLAMA |= {"gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}
 SIZES = {"Llama-3.1-8B": LLAMA, "64-wide": dict.fromkeys(LLAMA, (64, 64))}
 VIEWS = {"view", "unbind", "slice", "alias", "split_with_sizes", "squeeze", "unsqueeze", "t"}
-VIEWS |= {"detach", "expand", "transpose", "_unsafe_view"}
+VIEWS |= {"detach", "expand", "select", "transpose", "_unsafe_view"}
 STEPS = 10**6  # far from the end, where both would stop
+INTERVAL = 2
+KINDS = ("between", "allocating")
+PASSES = 8
 
 
 class Counted(TorchDispatchMode):
@@ -78,10 +84,10 @@ def model_of(shapes: dict[str, tuple[int, int]], layers: int) -> nn.Module:
 def peft_step(model: nn.Module, matrices: int) -> Callable[[], None]:
     """Return PEFT's update and choice."""
     config = {"beta1": 0.85, "beta2": 0.85, "target_r": RANK // 2, "tinit": 0, "tfinal": 1}
-    config |= {"total_step": STEPS, "deltaT": 1}
+    config |= {"total_step": STEPS, "deltaT": INTERVAL}
     allocator = PeftAllocator(model, SimpleNamespace(**config), "default")
     assert allocator.init_bgt == matrices * RANK
-    steps = iter(range(1000, STEPS))
+    steps = iter(range(1001, STEPS))
     return lambda: void(allocator.update_and_allocate(model, next(steps)))
 
 
@@ -103,7 +109,8 @@ def void(result: object) -> None:
 
 def schedule_of(matrices: int) -> CubicBudget:
     """Return PEFT's schedule above."""
-    return CubicBudget(RANK, RANK // 2, STEPS, cooldown=1).times(matrices)
+    schedule = CubicBudget(RANK, RANK // 2, STEPS, cooldown=1, interval=INTERVAL)
+    return schedule.times(matrices)
 
 
 def stacked(model: nn.Module) -> RankAllocator:
@@ -137,8 +144,8 @@ def stacked(model: nn.Module) -> RankAllocator:
     )
 
 
-def measure(shapes: dict[str, tuple[int, int]], layers: int, rounds: int) -> dict[str, tuple]:
-    """Return operations and the fastest round, in seconds, of each allocator."""
+def allocators(shapes: dict[str, tuple[int, int]], layers: int) -> dict[str, Callable[[], None]]:
+    """Return what takes a step of each allocator."""
     model = model_of(shapes, layers)
     matrices = layers * len(shapes)
     separate = RankAllocator(
@@ -147,49 +154,121 @@ def measure(shapes: dict[str, tuple[int, int]], layers: int, rounds: int) -> dic
         score=SmoothedSensitivity(),
         direction="regrow",
     )
-    steps = {
+    return {
         "PEFT": peft_step(model, matrices),
         "rank-budget, PEFT's tensors": our_step(separate),
         "rank-budget, stacks": our_step(stacked(model)),
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    counts = {}
-    for name, step in steps.items():
+
+
+def counted(step: Callable[[], None]) -> int:
+    """Return the operations of a step."""
+    with Counted() as mode:
         step()
-        with Counted() as counted:
-            step()
-        counts[name] = counted.total()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - started)
-    return {name: (counts[name], min(times[name])) for name in steps}
+    return mode.total()
 
 
-def table(layers: int, rounds: int) -> str:
+def operations(shapes: dict[str, tuple[int, int]], layers: int, *, runs: bool) -> dict[str, int]:
+    """Return those of a step that allocates; without ``runs``, as on an accelerator."""
+    cached, arena.CACHED = arena.CACHED, arena.CACHED if runs else 2**62
+    try:
+        steps = allocators(shapes, layers)
+    finally:
+        arena.CACHED = cached
+    for step in steps.values():
+        step()
+    return {name: counted(step) for name, step in steps.items()}
+
+
+def times(steps: dict[str, Callable[[], None]], rounds: int) -> dict[tuple[str, str], list[float]]:
+    """Return the milliseconds of every round, by allocator and kind of step."""
+    found: dict[tuple[str, str], list[float]] = {(name, k): [] for name in steps for k in KINDS}
+    for number in range(rounds + 1):
+        for kind in KINDS:
+            for name, step in steps.items():
+                started = time.perf_counter()
+                step()
+                if number:  # the first is to warm up
+                    found[name, kind].append(1000 * (time.perf_counter() - started))
+    return found
+
+
+def bandwidth(numbers: int) -> float:
+    """Return the bytes per second, read and written, of copying so many float32."""
+    source, target = torch.ones(numbers), torch.ones(numbers)
+    seconds = []
+    for _ in range(9):
+        started = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - started)
+    return 8 * numbers / statistics.median(seconds)
+
+
+def rows(size: str, layers: int, rounds: int, threads: list[int]) -> list[str]:
+    """Return lines of the table."""
+    shapes = SIZES[size]
+    counts = [operations(shapes, layers, runs=runs) for runs in (False, True)]
+    steps = allocators(shapes, layers)
+    lines = []
+    for number in threads:
+        torch.set_num_threads(number)
+        found = times(steps, rounds)
+        for name in steps:
+            cells = [size, str(number), name, *(str(count[name]) for count in counts)]
+            for kind in KINDS:
+                pairs = zip(found["PEFT", kind], found[name, kind], strict=True)
+                quotient = statistics.median(theirs / ours for theirs, ours in pairs)
+                cells += [f"{statistics.median(found[name, kind]):.2f}", f"{quotient:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def floor(layers: int, threads: list[int]) -> list[str]:
+    """Return what the memory alone would take, at the speed of a copy."""
+    numbers = RANK * layers * sum(sum(shape) for shape in LLAMA.values())
+    lines = []
+    for number in threads:
+        torch.set_num_threads(number)
+        speed = bandwidth(numbers)
+        least = 1000 * PASSES * 4 * numbers / speed
+        lines.append(
+            f"With {number} threads a copy moves {speed / 1e9:.0f} GB/s, at which these take "
+            f"{least:.0f} ms."
+        )
+    return lines
+
+
+def report(layers: int, rounds: int, threads: list[int]) -> str:
     """Return the results as Markdown."""
+    numbers = RANK * layers * sum(sum(shape) for shape in LLAMA.values())
+    listed = " ".join(map(str, threads))
     lines = [
         "# rank-budget",
         "",
-        "One allocation: AdaLoRA's averages updated, and all components chosen anew, for "
-        f"P and Q of {layers * len(LLAMA)} modules of rank {RANK}.",
+        "AdaLoRA's averages updated at every step, and all components chosen anew at every second, "
+        f"for P and Q of {layers * len(LLAMA)} modules of rank {RANK}: what a step pays between "
+        "two allocations, and at one.",
         "",
-        f"`python benchmarks/rank_allocation.py --layers {layers} --rounds {rounds}` with PyTorch "
-        f"{torch.__version__}, PEFT {peft.__version__}, {torch.get_num_threads()} threads, "
-        f"{platform.processor() or platform.machine()}, on a CPU. The times are of the fastest of "
-        f"{rounds} rounds that take turns. Views are no operations.",
+        f"`python benchmarks/rank_allocation.py --layers {layers} --rounds {rounds} --threads "
+        f"{listed}` with PyTorch {torch.__version__}, PEFT {peft.__version__}, "
+        f"{platform.processor() or platform.machine()}, on a CPU. Times are medians of {rounds} "
+        "rounds that take turns, quotients medians of those within a round. Operations are those "
+        "of a step that allocates, views left out: first where all is one run, as on an "
+        "accelerator or where a CPU's cache holds it, then here, in runs that the cache holds.",
         "",
-        "| sizes | allocator | tensor operations | ms | times PEFT's speed |",
-        "|---|---|---|---|---|",
+        "| sizes | threads | allocator | operations, one run | here | ms between | times PEFT's "
+        "speed | ms allocating | times PEFT's speed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, shapes in SIZES.items():
-        found = measure(shapes, layers, rounds)
-        _, baseline = found["PEFT"]
-        lines += [
-            f"| {name} | {who} | {count} | {1000 * seconds:.2f} | {baseline / seconds:.1f} |"
-            for who, (count, seconds) in found.items()
-        ]
+    for size in SIZES:
+        lines += rows(size, layers, rounds, threads)
+    lines += [
+        "",
+        f"At the first sizes a step reads and writes {numbers / 1e6:.0f} million numbers at least "
+        f"{PASSES} times: value and gradient read, their product written and read again, two "
+        "averages read and written.",
+        *floor(layers, threads),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -198,12 +277,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    found = table(options.layers, options.rounds)
+    found = report(options.layers, options.rounds, options.threads)
     print(found)
     if options.write:
         options.write.write_text(found)

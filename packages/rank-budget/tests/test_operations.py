@@ -59,7 +59,17 @@ def test_the_counter_sees_a_host_read(kit):
     assert HOST_READS & mode.operations.keys()
 
 
-VIEWS = {"view", "unbind", "slice", "alias", "split_with_sizes", "squeeze", "unsqueeze", "t"}
+VIEWS = {
+    "view",
+    "unbind",
+    "slice",
+    "alias",
+    "split_with_sizes",
+    "squeeze",
+    "unsqueeze",
+    "t",
+    "select",
+}
 
 
 def llama(layers, scale, kit=None):
@@ -84,14 +94,20 @@ def llama(layers, scale, kit=None):
     return matrices, factors
 
 
+@pytest.mark.parametrize("direction", ["prune", "regrow"])
 @pytest.mark.parametrize("separate", [False, True])
-def test_an_allocation_over_448_matrices_takes_at_most_40_operations(kit, separate):
+def test_an_allocation_over_448_matrices_takes_at_most_40_operations(
+    kit, monkeypatch, separate, direction
+):
+    """Where all is one run: on an accelerator whatever the size, on a CPU what its cache holds."""
+    monkeypatch.setattr("rank_budget.arena.CACHED", 2**40)
     found = []
     for layers in (2, 32):
         matrices, factors = llama(layers, 64, kit if separate else None)
         initial = layers * 7 * 16
         schedule = CubicBudget(initial, initial // 2, total_steps=100)
-        allocator = RankAllocator(matrices, schedule, factors=factors, score=SmoothedSensitivity())
+        options = {"factors": factors, "direction": direction}
+        allocator = RankAllocator(matrices, schedule, score=SmoothedSensitivity(), **options)
         with kit.Counted() as mode:
             allocator.score()
             allocator.step()
@@ -101,6 +117,29 @@ def test_an_allocation_over_448_matrices_takes_at_most_40_operations(kit, separa
     assert found[0] == found[1]
     assert sum(found[1].values()) <= 40
     assert not HOST_READS & found[1].keys()
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_cpu_takes_a_few_operations_for_each_run_that_its_cache_holds(kit, monkeypatch, separate):
+    found = {}
+    for runs in (1, 8):
+        matrices, factors = llama(8, 64, kit if separate else None)
+        widths = (4096 + 1024) * 4 + (14336 + 4096) * 3 + 4096 * 4
+        monkeypatch.setattr("rank_budget.arena.CACHED", 2**40 if runs == 1 else 8 * widths // 32)
+        schedule = CubicBudget(896, 448, total_steps=100)
+        allocator = RankAllocator(matrices, schedule, factors=factors, score=SmoothedSensitivity())
+        (arena,) = allocator._scorer._arenas
+        with kit.Counted() as mode:
+            allocator.score()
+            allocator.step()
+        counted = sum(n for name, n in mode.operations.items() if name not in VIEWS)
+        found[len(arena.runs)] = counted, sum(len(run.pieces) for run in arena.runs)
+    (one, few), (many, pieces) = found[1], found[max(found)]
+    assert max(found) >= 8
+    # I, its magnitude, the largest, what is finite; two averages, the distance, the product.
+    of_a_run = 8 + 2 * separate
+    of_a_piece = 1 if separate else 2
+    assert many - one <= of_a_run * (max(found) - 1) + of_a_piece * (pieces - few)
 
 
 @pytest.mark.parametrize("score", [SmoothedSensitivity(), "sensitivity"])

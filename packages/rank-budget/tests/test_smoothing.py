@@ -148,6 +148,37 @@ def test_averages_of_any_numbers_are_those_of_algorithm_1(twin, kit):
     assert allocator.live_ranks == 1
 
 
+@pytest.mark.parametrize("most", [1, 9, 30, 50])
+def test_runs_that_a_cache_holds_change_no_bit(kit, monkeypatch, most):
+    """Averages, scores and masks are those of one run over everything, whatever happens."""
+    found = []
+    for numbers in (2**40, most):
+        monkeypatch.setattr("rank_budget.arena.CACHED", numbers)
+        torch.manual_seed(4)
+        shapes = {"a": (3, 4, 5), "b": (2, 4, 5), "c": (3, 4, 2), "d": (3, 4, 5)}
+        layers = {name: kit.triplet(*shape) for name, shape in shapes.items()}
+        options = {"score": Smoothed(), "missing": "skip"}
+        allocator = RankAllocator(layers, FixedPruning(11, 4, 2, 1), **options)
+        (arena,) = allocator._scorer._arenas
+        for step in range(5):
+            for layer in layers.values():
+                for factor in (layer.p, layer.lam, layer.q):
+                    factor.grad = torch.randn_like(factor)
+            if step == 1:
+                layers["d"].q.grad = None
+            if step == 2:
+                layers["c"].p.grad[0, 0] = math.nan
+            allocator.score()
+            allocator.step()
+            whole = {name: part.clone() for name, part in allocator.importance().items()}
+            found.append((len(arena.runs), averages(allocator), whole, allocator.masks()))
+    one, runs = found[:5], found[5:]
+    assert {count for count, *_ in one} == {1}
+    assert {count for count, *_ in runs} == {{1: 12, 9: 10, 30: 5, 50: 3}[most]}
+    for before, now in zip(one, runs, strict=True):
+        torch.testing.assert_close(now[1:], before[1:], rtol=0, atol=0)
+
+
 def averages(allocator):
     state = allocator.state_dict()["score"]
     return [part.clone() for key in ("sensitivity", "uncertainty") for part in state[key]]

@@ -14,7 +14,7 @@ from rank_budget import (
     SmoothedSensitivity,
     Triplet,
 )
-from rank_budget.stacks import Arena
+from rank_budget.arena import Arena
 
 
 def build(kit, names="abc", schedule=None, **options):
@@ -184,6 +184,26 @@ def test_factors_that_are_not_in_one_buffer_are_chosen_from_together(kit, monkey
         assert parts.step() == whole.step()
         torch.testing.assert_close(parts.importance(), whole.importance(), rtol=0, atol=0)
     assert parts.live_ranks == 3
+
+
+def test_devices_in_any_order_are_chosen_from_together(kit, monkeypatch):
+    """The matrices of one device do not follow each other where a device has several ranks."""
+    ranks = {"a": 3, "b": 2, "c": 3, "d": 2}
+    layers = {name: kit.triplet(rank, 4, 5) for name, rank in ranks.items()}
+    schedule = FixedPruning(10, 3, 2, 1)
+    whole = RankAllocator(layers, schedule, score=SmoothedSensitivity())
+    for layer in layers.values():
+        layer.rank_mask = layer.rank_mask.clone()
+
+    def by_rank(blocks):
+        return [Arena([block for block in blocks if block.rows == rank]) for rank in (2, 3)]
+
+    monkeypatch.setattr("rank_budget.smoothing.arenas_of", by_rank)
+    parts = RankAllocator(layers, schedule, score=SmoothedSensitivity())
+    for _ in range(4):
+        assert parts.step() == whole.step()
+        torch.testing.assert_close(parts.importance(), whole.importance(), rtol=0, atol=0)
+        torch.testing.assert_close(parts.masks(), whole.masks())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")

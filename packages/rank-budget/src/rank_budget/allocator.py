@@ -201,11 +201,12 @@ class RankAllocator:
             if not self.is_finite():
                 self.skip()
                 return None
+        due = self._plan.due(self.steps + 1, self._budget)
         if self._pending is not None:
-            self._scorer.commit()
+            self._scorer.commit(choosing=due)
         self.steps += 1
         allocation = None
-        if self._plan.due(self.steps, self._budget):
+        if due:
             allocation = self._allocate()
         if self._masks_apply():
             if allocation is not None:

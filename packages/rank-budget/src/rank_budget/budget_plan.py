@@ -75,7 +75,7 @@ class Plan:
         shares = self.shares(budget)
         if self.direction == "grow":
             return grow_to_budget(scores, before, layout, shares)
-        pool = torch.ones_like(before) if self.direction == "regrow" else before
+        pool = layout.everything if self.direction == "regrow" else before
         return prune_to_budget(scores, pool, layout, shares, spared)
 
     def set_total_steps(self, total_steps: int) -> None:

@@ -1,5 +1,6 @@
 """What the allocator asks of a layer, and where it finds such layers in a model."""
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -50,39 +51,37 @@ class AdaLoraLayer:
     """The triplet of one adapter of PEFT's AdaLoRA layer: lora_B, lora_E and lora_A."""
 
     def __init__(self, module: Any, adapter: str) -> None:
-        self._factors = (module.lora_B, module.lora_E, module.lora_A)
+        self._p: MutableMapping[str, Tensor] = module.lora_B
+        self._lam: MutableMapping[str, Tensor] = module.lora_E
+        self._q: MutableMapping[str, Tensor] = module.lora_A
         self._adapter = adapter
 
     @property
     def p(self) -> Tensor:
         """Return lora_B (out, rank)."""
-        return self._get(0)
+        return self._p[self._adapter]
 
     @p.setter
     def p(self, factor: Tensor) -> None:
-        self._factors[0][self._adapter] = factor
+        self._p[self._adapter] = factor
 
     @property
     def lam(self) -> Tensor:
         """Return lora_E (rank, 1)."""
-        return self._get(1)
+        return self._lam[self._adapter]
 
     @lam.setter
     def lam(self, factor: Tensor) -> None:
-        self._factors[1][self._adapter] = factor
+        self._lam[self._adapter] = factor
 
     @property
     def q(self) -> Tensor:
         """Return lora_A (rank, in)."""
-        return self._get(2)
+        return self._q[self._adapter]
 
     @q.setter
     def q(self, factor: Tensor) -> None:
-        self._factors[2][self._adapter] = factor
-
-    def _get(self, place: int) -> Tensor:
-        factor: Tensor = self._factors[place][self._adapter]
-        return factor
+        self._q[self._adapter] = factor
 
 
 def ranked_layers(model: nn.Module, adapter: str = "default") -> dict[str, RankedLayer]:

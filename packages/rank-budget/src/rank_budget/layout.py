@@ -107,6 +107,7 @@ def layout_of(
         from_end=torch.tensor(from_end, dtype=torch.long, device=device),
         group_start=torch.tensor(starts, dtype=torch.long, device=device),
         padded=torch.tensor(padded, dtype=torch.long, device=device),
+        everything=torch.ones(sum(ranks), dtype=torch.bool, device=device),
         even=set(costs) <= {1},
         floor=spread([floor for floor, _ in bounds]) if limited else None,
         ceiling=spread([ceiling for _, ceiling in bounds]) if limited else None,

@@ -99,8 +99,9 @@ class Shares:
         """Return whether all that was read is finite; this reads the device."""
         return bool(self._now.isfinite().all())
 
-    def commit(self) -> None:
+    def commit(self, *, choosing: bool = False) -> None:
         """Move the average towards what was read, unless it is not finite."""
+        del choosing
         moved = self._mean.lerp(self._now, 1 - self._beta)
         self._mean.copy_(torch.where(self._now.isfinite().all(), moved, self._mean))
 

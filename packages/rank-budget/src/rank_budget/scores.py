@@ -53,8 +53,11 @@ class Scorer(Protocol):
     def is_finite(self) -> bool:
         """Return whether what was read is finite; this reads the device."""
 
-    def commit(self) -> None:
-        """Make what was read part of the averages, unless it is not finite; without a read."""
+    def commit(self, *, choosing: bool = False) -> None:
+        """Make what was read part of the averages, unless it is not finite; without a read.
+
+        ``choosing``: `scores` will be asked for next, and may be had on the way.
+        """
 
     def scores(self) -> Tensor:
         """Return (components,), in the order of all components."""
@@ -119,7 +122,7 @@ class _MomentaryScorer:
     def is_finite(self) -> bool:
         return bool(self._scores.isfinite().all())
 
-    def commit(self) -> None:
+    def commit(self, *, choosing: bool = False) -> None:
         """Nothing is kept."""
 
     def scores(self) -> Tensor:

@@ -14,7 +14,8 @@ class Layout:
     Shapes: ``matrix``, ``cost``, ``group``, ``from_end``, ``floor`` and ``ceiling`` (components,),
     int64; ``group_start`` (groups,), where each group begins; ``padded`` (matrices, largest rank),
     the components of each matrix, beyond its rank the number of components. ``from_end`` counts
-    the components that follow within the matrix. ``even``: every cost is one.
+    the components that follow within the matrix. ``everything``: all true, bool, (components,).
+    ``even``: every cost is one.
     """
 
     matrix: Tensor
@@ -23,6 +24,7 @@ class Layout:
     from_end: Tensor
     group_start: Tensor
     padded: Tensor
+    everything: Tensor
     even: bool
     floor: Tensor | None = None
     ceiling: Tensor | None = None
@@ -55,11 +57,11 @@ def prune_to_budget(
     rank = _ranking(by_worth, alive, layout, spared)
     if rank is not None:
         best_first = best_first[rank[best_first].argsort(stable=True)]
-    living = alive[best_first]
+    living = alive if alive is layout.everything else alive[best_first]
     # What is dead costs nothing, wherever it stands.
     spent = living if layout.even else layout.cost[best_first] * living
     fits = _spent(spent, layout) <= _of_group(budgets, layout)
-    return alive.scatter(0, best_first, living & fits)
+    return fits.scatter(0, best_first, living & fits)
 
 
 def grow_to_budget(scores: Tensor, alive: Tensor, layout: Layout, budgets: Tensor | int) -> Tensor:

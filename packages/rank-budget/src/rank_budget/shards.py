@@ -4,8 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from rank_budget.errors import BudgetError
+
+# Of these an attribute that they lack need not be looked up, tensor by tensor.
+_WHOLE = (Tensor, Parameter)
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,8 @@ class Shard:
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this process holds: the tensor itself if it is not sharded."""
+    if type(tensor) in _WHOLE:
+        return tensor
     to_local = getattr(tensor, "to_local", None)
     local: Tensor = tensor if to_local is None else to_local()
     return local

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rank_budget.arena import Arena, Run, arenas_of
 from rank_budget.errors import require
 from rank_budget.record import check_same
 from rank_budget.scores import check_keys
-from rank_budget.stacks import Block, Gather, arenas_of
+from rank_budget.stacks import Block, Gather
 
 
 @dataclass(frozen=True)
@@ -57,28 +58,24 @@ class Averages:
         self, config: SmoothedSensitivity, blocks: Sequence[Block], order: Mapping[str, int]
     ) -> None:
         betas = torch.tensor([config.beta1, config.beta2], dtype=torch.float64)
-        self._gather = Gather(blocks, order)
         self._arenas = arenas_of(blocks)
+        self._gather = Gather([block for arena in self._arenas for block in arena.blocks], order)
         self._sensitivity = [arena.zeros() for arena in self._arenas]
         self._uncertainty = [arena.zeros() for arena in self._arenas]
-        self._parts = [
-            (block, part)
-            for arena in self._arenas
-            for block, part in zip(arena.blocks, arena.split(arena.products), strict=True)
-        ]
-        self._read: list[tuple[Tensor, set[str]]] = []
+        self._largest: list[Tensor] = []
+        self._missing: set[str] = set()
         self._checked = False
+        self._scores: Tensor | None = None
         self._moves = [(1 - betas).to(arena.device, arena.dtype) for arena in self._arenas]
         self._present: tuple[set[str], list[Tensor]] = (set(), [])
 
     def read(self, grad_scale: Tensor | None = None) -> set[str]:
         """Take |w·∇w| of everything; return the matrices that had no gradient."""
-        self._checked = False
-        self._read = [arena.read_products() for arena in self._arenas]
-        if grad_scale is not None:
-            for products, _ in self._read:
-                products.div_(grad_scale.to(products.device))
-        return set().union(*(missing for _, missing in self._read))
+        self._checked, self._scores = False, None
+        found = [arena.read_products(grad_scale) for arena in self._arenas]
+        self._largest = [largest.to(self._gather.device) for largest, _ in found]
+        self._missing = set().union(*(missing for _, missing in found))
+        return self._missing
 
     def is_finite(self) -> bool:
         """Return whether all that was read is finite; this reads the device."""
@@ -87,37 +84,30 @@ class Averages:
         return finite
 
     def _finite(self) -> Tensor:
-        # The largest, unlike a sum, is finite whenever all are; NaN is not below infinity.
-        flags = [
-            (products.amax() < torch.inf).to(self._gather.device)
-            for products, _ in self._read
-            if products.numel()
-        ]
-        if not flags:
-            finite = torch.ones((), dtype=torch.bool, device=self._gather.device)
-        else:
-            finite = flags[0] if len(flags) == 1 else torch.stack(flags).all()
-        return self._gather.agree(finite)
+        largest = self._largest[0] if len(self._largest) == 1 else torch.cat(self._largest)
+        most = largest.amax() if len(largest) > 1 else largest[0]
+        return self._gather.agree(most < torch.inf)  # NaN is not
 
-    def commit(self) -> None:
+    def commit(self, *, choosing: bool = False) -> None:
         """Move the averages towards what was read, unless it is not finite."""
         finite = None if self._checked else self._finite()
-        everything = zip(
-            self._arenas, self._read, self._sensitivity, self._uncertainty, strict=True
-        )
-        for place, (arena, (products, missing), mean, spread) in enumerate(everything):
+        parts: list[Tensor] = []
+        for place, arena in enumerate(self._arenas):
             moves = self._moves[place]
             if finite is not None:
-                # A weight of zero keeps an average only from what is finite.
-                products.nan_to_num_(nan=0, posinf=0)
+                # A weight of zero keeps an average.
                 moves = moves * finite.to(arena.device)
-            move1, move2 = moves.unbind()
-            if missing:
-                present = self._weights(missing)[place]
-                move1, move2 = move1 * present, move2 * present
-            mean.lerp_(products, move1)
-            spread.lerp_(_distance_(products, mean), move2)
-        self._read = []
+            flats = [arena.products, self._sensitivity[place], self._uncertainty[place]]
+            if self._missing:
+                flats.append(self._weights(self._missing)[place])
+            for run, *views in zip(arena.runs, *map(arena.by_run, flats), strict=True):
+                products, mean, spread, *present = views
+                move1, move2 = (move * present[0] if present else move for move in moves.unbind())
+                mean.lerp_(products, move1)
+                spread.lerp_(_distance(products, mean, arena.scratch[: mean.numel()]), move2)
+                if choosing:
+                    parts += _scores_of(arena, run, mean, spread)
+        self._scores = self._gather(parts) if choosing else None
 
     def _weights(self, missing: set[str]) -> list[Tensor]:
         """Return 1 for what has a gradient, else 0, flat; kept, since it is mostly the same."""
@@ -127,11 +117,13 @@ class Averages:
 
     def scores(self) -> Tensor:
         """Return the score of every component."""
-        for arena, mean, spread in zip(
-            self._arenas, self._sensitivity, self._uncertainty, strict=True
-        ):
-            torch.mul(mean, spread, out=arena.products)
-        return self._gather([_over_width(block, part) for block, part in self._parts])
+        if self._scores is not None:
+            return self._scores
+        parts: list[Tensor] = []
+        for arena, *flats in zip(self._arenas, self._sensitivity, self._uncertainty, strict=True):
+            for run, mean, spread in zip(arena.runs, *map(arena.by_run, flats), strict=True):
+                parts += _scores_of(arena, run, mean, spread)
+        return self._gather(parts)
 
     def by_matrix(self) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
         """Return live views of Ī and Ū by matrix and role, in the shape of the factor held."""
@@ -166,27 +158,35 @@ class Averages:
         ):
             for flat, value in zip(flats, state[field], strict=True):
                 flat.copy_(value)
-        self._read = []
+        self._largest, self._scores = [], None
 
     def _contents(self) -> list[list[Any]]:
         return [block.contents for arena in self._arenas for block in arena.blocks]
 
 
-def _distance_(values: Tensor, others: Tensor) -> Tensor:
-    """Return |values − others|, in ``values``.
+def _distance(values: Tensor, others: Tensor, place: Tensor) -> Tensor:
+    """Return |values − others|, in ``place``.
 
     As a loss that is smooth below the smallest number only: one pass over memory, where a
     difference and its magnitude are two, and memory is what a step waits for.
     """
     smallest = math.ulp(0.0)
-    torch.ops.aten.smooth_l1_loss.out(values, others, 0, smallest, out=values)
-    return values
+    torch.ops.aten.smooth_l1_loss.out(values, others, 0, smallest, out=place)
+    return place
 
 
-def _over_width(block: Block, values: Tensor) -> Tensor:
-    """Return the mean over the width held, (matrices, rows)."""
-    if block.role == "lam":
-        return values
-    width = -1 if block.last else -2
-    # Of a shard without a part of the width the sum is zero, but the mean is not a number.
-    return values.mean(width) if block.held else values.sum(width)
+def _scores_of(arena: Arena, run: Run, mean: Tensor, spread: Tensor) -> list[Tensor]:
+    """Return means over the width held, (matrices, rows), of each piece."""
+    scores = torch.mul(mean, spread, out=arena.scratch[: mean.numel()])
+    found = []
+    for piece, part in zip(run.pieces, run.split(scores), strict=True):
+        width = -1 if piece.block.last else -2
+        if piece.block.role == "lam":
+            # The next run overwrites it.
+            found.append(part.clone() if len(arena.runs) > 1 else part)
+        elif piece.block.held:
+            found.append(part.mean(width))
+        else:
+            # A shard without a part of the width: the mean of nothing is not a number.
+            found.append(part.sum(width))
+    return found

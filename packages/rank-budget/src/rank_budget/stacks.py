@@ -1,7 +1,8 @@
 """The factors of many matrices as few stacks, read together whatever holds them."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ class Block:
         """Numbers held."""
         return torch.Size(self.shape).numel()
 
+    @property
+    def numel_of_one(self) -> int:
+        """Numbers held of each matrix."""
+        return torch.Size(self.shape[1:]).numel()
+
     def per_component(self, values: Tensor) -> Tensor:
         """Return (matrices, rows, width) of values in the block's shape, as a view."""
         if self.role == "lam":
@@ -112,14 +118,16 @@ def _block_of(role: object, layers: Mapping[str, RankedLayer], names: list[str])
     factor = getattr(layers[names[0]], role)
     local = local_part(factor)
 
+    holders, shape = [layers[name] for name in names], local.shape
+
     def read() -> tuple[list[Tensor], list[Tensor | None]]:
-        factors = [getattr(layers[name], role) for name in names]
+        factors = list(map(attrgetter(role), holders))
         tensors = [local_part(tensor) for tensor in factors]
         for name, tensor in zip(names, tensors, strict=True):
-            if tensor.shape != local.shape:
+            if tensor.shape != shape:
                 raise BudgetError(
                     f"{role} of {name} has the shape {tuple(tensor.shape)}, but had "
-                    f"{tuple(local.shape)} when the allocator was made; make a new one."
+                    f"{tuple(shape)} when the allocator was made; make a new one."
                 )
         grads = [tensor.grad for tensor in factors]
         return tensors, [None if grad is None else local_part(grad) for grad in grads]
@@ -145,83 +153,6 @@ def wide_dtype(blocks: Sequence[Block]) -> torch.dtype:
     for block in blocks:
         dtype = torch.promote_types(dtype, block.dtype)
     return dtype
-
-
-class Arena:
-    """All blocks on one device, and flat buffers in which each has its place.
-
-    What is done element by element is done on a flat buffer, all matrices at once.
-    """
-
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self.blocks = list(blocks)
-        self.device = blocks[0].device
-        self.dtype = wide_dtype(blocks)
-        self.numel = sum(block.numel for block in blocks)
-        self.products = self.zeros()
-        self._parts = self.split(self.products)
-        self._places = [part.unbind() for part in self._parts]
-
-    def zeros(self) -> Tensor:
-        """Return a flat buffer."""
-        return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """Return a view of the block's shape for each block."""
-        parts = torch.split(flat, [block.numel for block in self.blocks])
-        return [part.view(block.shape) for part, block in zip(parts, self.blocks, strict=True)]
-
-    def read_products(self) -> tuple[Tensor, set[str]]:
-        """Return |θ·∇θ| of everything, flat, and the names of matrices without a gradient.
-
-        They are in ``products``, which serves until it is needed again. Where there is no gradient
-        it holds zero.
-        """
-        missing: set[str] = set()
-        read: list[tuple[Tensor, Tensor, Tensor]] = []
-        absent: list[Tensor] = []
-        for block, part, places in zip(self.blocks, self._parts, self._places, strict=True):
-            values, grads = block.read()
-            if block.stacked and grads[0] is not None:
-                _multiply_(part, values[0], grads[0])
-                continue
-            rows = zip(block.names, places, values, grads, strict=True)
-            for name, place, value, grad in rows:
-                if grad is None:
-                    missing.add(name)
-                    absent.append(place)
-                else:
-                    read.append((place, value, grad))
-        if read:
-            targets, factors, slopes = (list(tensors) for tensors in zip(*read, strict=True))
-            torch._foreach_copy_(targets, slopes)
-            torch._foreach_mul_(targets, factors)
-        if absent:
-            torch._foreach_zero_(absent)
-        return self.products.abs_(), missing
-
-    def present(self, missing: Collection[str]) -> Tensor:
-        """Return 1 for the numbers of each matrix, 0 for those of ``missing``, flat."""
-        listed = [(name not in missing, block) for block in self.blocks for name in block.names]
-        weights = torch.tensor([float(here) for here, _ in listed], dtype=self.dtype)
-        sizes = torch.tensor([block.numel // len(block.names) for _, block in listed])
-        return weights.repeat_interleave(sizes).to(self.device)
-
-
-def _multiply_(place: Tensor, value: Tensor, grad: Tensor) -> None:
-    """Write a product at the precision of ``place``."""
-    if value.dtype == grad.dtype == place.dtype:
-        torch.mul(value, grad, out=place)
-    else:
-        place.copy_(grad).mul_(value)
-
-
-def arenas_of(blocks: Sequence[Block]) -> list[Arena]:
-    """Return an arena per device, in the order in which the devices come."""
-    devices: dict[torch.device, list[Block]] = {}
-    for block in blocks:
-        devices.setdefault(block.device, []).append(block)
-    return [Arena(blocks) for blocks in devices.values()]
 
 
 class Gather:
