@@ -41,9 +41,9 @@ class _UnitVectors(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        square = torch.linalg.vecdot(x, x, dim=dim).unsqueeze(dim)
-        has_norm = square > torch.finfo(x.dtype).tiny
-        inverse = torch.where(has_norm, torch.where(has_norm, square, 1.0).rsqrt(), 0.0)
+        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+        has_norm = norm > torch.finfo(x.dtype).tiny ** 0.5
+        inverse = torch.where(has_norm, torch.where(has_norm, norm, 1.0).reciprocal(), 0.0)
         return x * inverse, inverse
 
     @staticmethod
