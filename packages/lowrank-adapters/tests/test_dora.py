@@ -5,11 +5,15 @@ import torch
 from torch import nn
 
 from lowrank_adapters import (
+    SVD,
     DoRA,
     DoRALinear,
+    DyLoRA,
     FactorStack,
+    LoRA,
     PrincipalWeights,
     ScaledLoRALinear,
+    export_peft,
     freeze_base_,
     inject_adapters_,
     materialise_,
@@ -376,3 +380,42 @@ def test_scalar_form_equals_the_twin_in_values_and_all_gradients(twin):
     stack = FactorStack({"layer": layer})
     assert [(g.role, tuple(g.values.shape)) for g in stack.groups][2] == ("scale", (1, 1, 1))
     torch.testing.assert_close(layer(x), found)
+
+
+def test_magnitude_that_is_known_is_exported_without_the_base(tmp_path):
+    whole = nn.Sequential(nn.Linear(6, 5))
+    trained = inject_adapters_(whole, DoRA(rank=2, alpha=2.0))
+    with torch.no_grad():
+        for _, factor in trained["0"].factors():
+            factor.normal_()
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 5))
+    layers = inject_adapters_(model, DoRA(rank=2, alpha=2.0))
+    assert layers["0"].awaits_factors()
+    with torch.no_grad():
+        for role, factor in trained["0"].factors():
+            layers["0"].get_parameter(role).copy_(factor)
+    assert layers["0"].waiting
+    assert not layers["0"].awaits_factors()
+    files = [
+        export_peft(each, tmp_path / name) / "adapter_model.safetensors"
+        for name, each in (("trained", trained), ("there", layers))
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [LoRA(2, 3.0), SVD(2, 3.0), DyLoRA(2, 3.0), DoRA(2, 3.0)],
+    ids=lambda m: type(m).__name__,
+)
+def test_weight_from_elsewhere_is_merged_in_its_order_of_rows(make):
+    layer = make.build(nn.Linear(6, 5, **WIDE), device="cpu", dtype=torch.float64)
+    with torch.no_grad():
+        for _, factor in layer.factors():
+            factor.normal_()
+    weight = layer.base.weight.detach()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    merged = layer.merged_weight(weight[order], lambda rows: rows[order])
+    torch.testing.assert_close(merged, (weight + layer.delta())[order], rtol=1e-12, atol=1e-12)
+    assert (merged - weight[order]).abs().max() > 0.1

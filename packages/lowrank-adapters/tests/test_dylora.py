@@ -164,6 +164,34 @@ def test_ranks_are_a_function_of_seed_and_step_alone():
     assert drawn[:12] == [2, 4, 1, 1, 2, 1, 4, 2, 4, 1, 3, 3]
 
 
+def test_each_layer_may_draw_its_own():
+    layers = nested()
+    sampler = RankSampler(layers, seed=7, lowest=2, shared=False)
+    drawn = []
+    for step in range(64):
+        sampler.draw_(step)
+        drawn.append(tuple(live(layers).values()))
+        expected = {name: sampler.rank_at(step, name) for name in layers}
+        assert live(layers) == {
+            name: min(rank, layers[name].rank) for name, rank in expected.items()
+        }
+        for layer in layers.values():
+            assert layer.rank_mask[: int(layer.rank_mask.sum())].all()
+    ranks = [layer.rank for layer in layers.values()]
+    for index, rank in enumerate(ranks):
+        assert {row[index] for row in drawn} == set(range(2, rank + 1))
+    assert any(len(set(row)) > 1 for row in drawn)
+    # Held, so that a resumed run goes on as it would have.
+    assert drawn[:4] == [
+        (4, 2, 3, 2, 3, 2),
+        (2, 2, 3, 2, 2, 2),
+        (4, 2, 2, 2, 3, 2),
+        (2, 2, 4, 2, 3, 2),
+    ]
+    sampler.use_(3)
+    assert live(layers) == {name: min(3, layer.rank) for name, layer in layers.items()}
+
+
 def test_saved_sampler_draws_the_same():
     sampler, other = RankSampler(nested(), seed=7, lowest=2), RankSampler(nested(), seed=0)
     other.load_state_dict(copy.deepcopy(sampler.state_dict()))
@@ -171,14 +199,17 @@ def test_saved_sampler_draws_the_same():
 
 
 def test_operations_of_a_draw_do_not_grow_with_the_layers(kit):
-    counted = []
-    for blocks in (1, 8):
-        sampler = RankSampler(nested(blocks), seed=0)
-        with kit.Counted() as mode:
-            sampler.draw_(3)
-        counted.append(mode.operations)
-    assert counted[0] == counted[1]
-    assert counted[0]["fill_"] + counted[0]["zero_"] == 4  # two for each distinct rank
+    counted = {}
+    for shared in (True, False):
+        for blocks in (1, 8):
+            sampler = RankSampler(nested(blocks), seed=0, shared=shared)
+            with kit.Counted() as mode:
+                sampler.draw_(3)
+                sampler.use_(2)
+            counted[shared, blocks] = mode.operations
+        assert counted[shared, 1] == counted[shared, 8]
+    # Two for each distinct rank, in the draw and after it.
+    assert counted[True, 1]["fill_"] + counted[True, 1]["zero_"] == 8
 
 
 def test_masks_stay_right_when_the_model_is_copied_or_moved():
