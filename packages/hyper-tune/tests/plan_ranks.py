@@ -20,6 +20,13 @@ from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.settings import RecipeSettings
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in nested lists."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in value for tensor in tensors_of(part)]
+
+
 class Collectives(TorchDispatchMode):
     """Counts the bytes of the tensors that collective operations fill."""
 
@@ -31,8 +38,8 @@ class Collectives(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function.namespace == "c10d":
-            filled = args[0] if isinstance(args[0], Tensor) else args[0][0]
-            self.filled[function.overloadpacket.__name__] += filled.nbytes
+            filled = sum(tensor.nbytes for tensor in tensors_of(args[0]))
+            self.filled[function.overloadpacket.__name__] += filled
         return function(*args, **(kwargs or {}))
 
 

@@ -1,10 +1,11 @@
 """Generation split over ranks: each generates a share of the matrices, one gathering for all."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyper_core import GeneratedParameters, Hypernetwork, Split
 from hyper_core.context import Context
@@ -33,7 +34,8 @@ class SharedGeneration(GeneratedParameters):
     def share_(self, wanted: SplitGeneration) -> None:
         """Share the work from now on, or not, or where it takes less than generating all."""
         ranks = world_size()
-        self.shared = ranks > 1 and (split_pays(self, ranks) if wanted == "auto" else wanted)
+        pays = wanted == "auto" and GenerationCost.of(self).split_pays(ranks)
+        self.shared = ranks > 1 and (wanted is True or pays)
 
     def refresh(self, context: Context = None, *, split: Split | None = None) -> None:
         """Write this step's values into the leaves, on all ranks together."""
@@ -53,39 +55,50 @@ class SharedGeneration(GeneratedParameters):
         torch._foreach_copy_(gradients, summed)
 
 
-def split_pays(generated: GeneratedParameters, processes: int) -> bool:
-    """Return whether a share's operations and the exchange take less than generating all.
+@dataclass(frozen=True)
+class GenerationCost:
+    """What one refresh and its backward pass take.
 
-    Counted: three products (forward, backward to input and to weights) of every token with every
-    weight it meets; the values received once and the weights' gradients twice, as by a ring.
+    ``operations``: additions and multiplications: three products (forward, backward to input and
+    to weights) of every token with every weight that it meets. ``values``, ``weights``: bytes of
+    what is generated and of the hypernetworks' weights.
+
+    >>> import torch
+    >>> leaves = {"q": [torch.zeros(8, 2, 16)]}
+    >>> cost = GenerationCost.of(GeneratedParameters(leaves, config="mlp-small"))
+    >>> cost.values, cost.received(2), cost.split_pays(2)
+    (1024, 24512, False)
     """
-    saved = generation_operations(generated) * (processes - 1) // processes
-    return saved > OPERATIONS_PER_BYTE * exchanged_bytes(generated, processes)
 
+    operations: int
+    values: int
+    weights: int
 
-def generation_operations(generated: GeneratedParameters) -> int:
-    """Return the additions and multiplications of one refresh and its backward pass."""
-    total = 0
-    for network in generated.hypernetworks.values():
-        assert isinstance(network, Hypernetwork)
-        trunk = _numel(network.trunk) // network.networks
-        for matrices, tokens, width in network.shapes:
-            name = str(width)
-            maps = [network.inputs[name], network.outputs[name]]
-            weights = sum(weight[0].numel() for part in maps for weight in part.parameters())
-            total += matrices * tokens * (weights + trunk)
-    return 6 * total
+    @classmethod
+    def of(cls, generated: GeneratedParameters) -> "GenerationCost":
+        """Count, on any device."""
+        products = 0
+        for network in generated.hypernetworks.values():
+            assert isinstance(network, Hypernetwork)
+            trunk = sum(w[0].numel() for w in network.trunk.parameters())
+            for matrices, tokens, width in network.shapes:
+                maps = [network.inputs[str(width)], network.outputs[str(width)]]
+                met = trunk + sum(w[0].numel() for part in maps for w in part.parameters())
+                products += matrices * tokens * met
+        states = [state for role in generated.roles for state in generated.state_of(role)]
+        return cls(6 * products, _bytes(states), _bytes(generated.parameters()))
 
+    def received(self, processes: int) -> int:
+        """Return the bytes that each process receives where generation is split.
 
-def _numel(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
+        As by a ring: the values of the others' shares, and the weights' gradients twice.
+        """
+        return (self.values + 2 * self.weights) * (processes - 1) // processes
 
-
-def exchanged_bytes(generated: GeneratedParameters, processes: int) -> int:
-    """Return the bytes that each of ``processes`` receives in a step of split generation."""
-    values = sum(_bytes(generated.state_of(role)) for role in generated.roles)
-    weights = _bytes(generated.parameters())
-    return (values + 2 * weights) * (processes - 1) // processes
+    def split_pays(self, processes: int) -> bool:
+        """Return whether the others' share would take longer to generate than to receive."""
+        others = self.operations * (processes - 1) // processes
+        return others > OPERATIONS_PER_BYTE * self.received(processes)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

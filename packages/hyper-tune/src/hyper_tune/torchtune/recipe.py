@@ -72,7 +72,11 @@ class FineTuning:
         )
         torch.manual_seed(derive_seed(settings.seed, "start"))
         self.method = assemble(
-            model, settings.method, total_steps=self.total_steps, device=self.device
+            model,
+            settings.method,
+            total_steps=self.total_steps,
+            device=self.device,
+            split_generation=settings.split_generation,
         )
         self.optimizer = build("optimizer", settings.optimizer, self.method.parameters())
         self.scheduler = build(
