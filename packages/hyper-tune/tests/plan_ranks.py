@@ -49,12 +49,13 @@ def seen_of(config: str) -> dict[str, Any]:
     with FineTuning(settings) as run:
         factors = {id(leaf) for leaf in run.method.stack.leaf_parameters()}
         base = [p for p in run.model.parameters() if id(p) not in factors]
-        run._optimize()
+        losses = [run._optimize().loss]
         run.step += 1
         with Collectives() as collectives:
-            run._optimize()
+            losses.append(run._optimize().loss)
         run.step += 1
         return {
+            "losses": losses,
             "length": len(run.data[0]["tokens"]),
             "base": sum(p.to_local().nbytes for p in base),
             "filled": collectives.filled,

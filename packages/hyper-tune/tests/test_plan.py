@@ -156,12 +156,16 @@ def test_what_four_ranks_pass_around_in_two_copies_and_shares_is_as_planned(
     config = make_config(
         batch_size=1,
         gradient_accumulation_steps=1,
-        max_steps=3,
         data_parallel_replicate_dim=2,
         split_generation=True,
     )
     seen = seen_by(4, config, tmp_path)
     settings = RecipeSettings.from_config(OmegaConf.load(config))
+    same = replace(settings, data_parallel_replicate_dim=1, gradient_accumulation_steps=4)
+    alone = []
+    with FineTuning(replace(same, output_dir=tmp_path / "alone")) as run:
+        for run.step in range(2):
+            alone.append(run._optimize().loss)
     planned = rehearse(settings, seen[0]["length"])
     layout = BaseLayout(shard=2, replicate=2)
     received = planned.communication(layout, micro_batches=1)
@@ -177,6 +181,7 @@ def test_what_four_ranks_pass_around_in_two_copies_and_shares_is_as_planned(
         # Shares are padded to the largest.
         assert values <= filled["allgather_"] <= 1.35 * values
         assert received["generating in shares"] == (values + 2 * weights) * 3 // 4
+        assert rank["losses"] == pytest.approx(alone, rel=1e-6)
 
 
 def test_shares_pay_where_there_is_much_to_generate() -> None:

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torchtune import training
 from tqdm import tqdm
 
 from hyper_tune import parallel
@@ -91,6 +92,9 @@ class FineTuning:
         prepare_(model, settings, self.method.stack.leaf_parameters(), self.device)
         load_(model, settings, self.method.layers, self.device)
         self.model = model
+        self.offloading = training.get_act_offloading_ctx_manager(
+            model, settings.enable_activation_offloading
+        )
 
     def __exit__(
         self,
@@ -203,7 +207,9 @@ class FineTuning:
             for indices in batches:
                 samples = [self.data[index] for index in indices]
                 tokens, labels = collate(samples, self.tokenizer.pad_id, self.device)
-                loss = cross_entropy_sum(self.model(tokens), labels)
+                with self.offloading:
+                    logits = self.model(tokens)
+                loss = cross_entropy_sum(logits, labels)
                 step.backward(loss, (labels != IGNORE_INDEX).sum())
         return step.report
 
