@@ -33,22 +33,29 @@ STATES = ("recurrent", "static")
 
 
 class Arrangement(NamedTuple):
-    """How a step is carried out; ``copies``: of the base, each in shards, among the ranks."""
+    """How a step is carried out.
+
+    ``copies``: of the base, each in shards, among the ranks. ``split``: each rank generates a share
+    of the matrices.
+    """
 
     state: str
     checkpointing: bool
     accumulation: int
     copies: int = 1
+    split: bool = False
 
     def __str__(self) -> str:
         return "|".join(map(str, self))
 
 
+_PLAIN = [Arrangement(*choice) for choice in itertools.product(STATES, (False, True), (1, 2))]
+_SPLIT = [Arrangement(state, True, 2, split=True) for state in STATES]
 # By the number of ranks.
 ARRANGEMENTS = {
-    1: [Arrangement(*choice) for choice in itertools.product(STATES, (False, True), (1, 2))],
-    2: [Arrangement(*choice) for choice in itertools.product(STATES, (False, True), (1, 2))],
-    4: [Arrangement(state, True, 2, copies) for state in STATES for copies in (1, 2, 4)],
+    1: _PLAIN,
+    2: _PLAIN + _SPLIT,
+    4: [Arrangement(state, True, 2, copies) for state in STATES for copies in (1, 2, 4)] + _SPLIT,
 }
 
 
@@ -97,7 +104,7 @@ def data() -> tuple[Tensor, Tensor]:
     return x, labels
 
 
-def build(state: str) -> tuple[Model, Assembly]:
+def build(state: str, split: bool = False) -> tuple[Model, Assembly]:
     """The model and its method, the same whatever the arrangement; λ is not zero."""
     torch.manual_seed(0)
     model = Model().double()
@@ -109,7 +116,7 @@ def build(state: str) -> tuple[Model, Assembly]:
         pruning=PruningSettings(interval=2, count=4),
         hypernetwork=HypernetworkSettings(preset="attention-small", state=state),
     )
-    method = assemble(model, config, total_steps=100, dtype=torch.float64)
+    method = assemble(model, config, total_steps=100, dtype=torch.float64, split_generation=split)
     with torch.no_grad():
         for name, weight in method.owner.named_parameters():
             generator = torch.Generator().manual_seed(len(name))
@@ -164,7 +171,7 @@ def end_to_end(state: str) -> dict[str, Tensor]:
 
 def arranged(arrangement: Arrangement) -> tuple[Model, Assembly]:
     """The model, sharded over the ranks as the arrangement says."""
-    model, method = build(arrangement.state)
+    model, method = build(arrangement.state, arrangement.split)
     if arrangement.checkpointing:
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
     layout = BaseLayout.of(parallel.world_size(), replicate=arrangement.copies)

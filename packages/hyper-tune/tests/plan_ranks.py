@@ -20,6 +20,13 @@ from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.settings import RecipeSettings
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in nested lists."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in value for tensor in tensors_of(part)]
+
+
 class Collectives(TorchDispatchMode):
     """Counts the bytes of the tensors that collective operations fill."""
 
@@ -31,8 +38,8 @@ class Collectives(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function.namespace == "c10d":
-            filled = args[0] if isinstance(args[0], Tensor) else args[0][0]
-            self.filled[function.overloadpacket.__name__] += filled.nbytes
+            filled = sum(tensor.nbytes for tensor in tensors_of(args[0]))
+            self.filled[function.overloadpacket.__name__] += filled
         return function(*args, **(kwargs or {}))
 
 
@@ -42,12 +49,13 @@ def seen_of(config: str) -> dict[str, Any]:
     with FineTuning(settings) as run:
         factors = {id(leaf) for leaf in run.method.stack.leaf_parameters()}
         base = [p for p in run.model.parameters() if id(p) not in factors]
-        run._optimize()
+        losses = [run._optimize().loss]
         run.step += 1
         with Collectives() as collectives:
-            run._optimize()
+            losses.append(run._optimize().loss)
         run.step += 1
         return {
+            "losses": losses,
             "length": len(run.data[0]["tokens"]),
             "base": sum(p.to_local().nbytes for p in base),
             "filled": collectives.filled,

@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from hyper_tune.cli.main import main
+from hyper_tune.layout import BaseLayout
 from hyper_tune.packaged import packaged_configs
 from hyper_tune.plan import Rehearsal
 from hyper_tune.torchtune.rehearsal import longest_sample, rehearse
@@ -110,7 +111,7 @@ def builder_of(path: Path) -> Callable[..., Any]:
 
 def peak(path: Path, planned: re.Match[str]) -> str:
     """What a file's line should state, in GiB."""
-    memory = rehearsed(builder_of(path)).memory(int(planned[3] or 1))
+    memory = rehearsed(builder_of(path)).memory(BaseLayout.of(int(planned[3] or 1)))
     return f"{sum(memory.values()) / 2**30:.1f}"
 
 

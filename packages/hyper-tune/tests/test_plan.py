@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from hyper_tune.errors import UserError
+from hyper_tune.layout import BaseLayout
 from hyper_tune.plan import gpu_bytes
+from hyper_tune.split import GenerationCost
 from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.rehearsal import rehearse
 from hyper_tune.torchtune.settings import RecipeSettings
@@ -89,7 +92,7 @@ def test_the_plan_is_within_a_fiftieth_of_what_a_real_step_takes(
         ]
         held = ALLOCATIONS["storage_bytes"](there)
         measured = held + ALLOCATIONS["allocated_at_most"](run._optimize)
-    planned = rehearse(settings, length.pop()).memory(processes=1)
+    planned = rehearse(settings, length.pop()).memory(BaseLayout(1, 1))
     assert sum(planned.values()) == pytest.approx(measured, rel=0.02)
     constant = ("base weights", "base buffers", *CONSTANT, "optimizer")
     assert sum(planned[part] for part in constant) == held
@@ -97,9 +100,9 @@ def test_the_plan_is_within_a_fiftieth_of_what_a_real_step_takes(
     assert (planned["hypernetworks and their state"] > 0) == name.startswith("hyper")
 
 
-def two_ranks(config: Path, folder: Path) -> list[dict[str, Any]]:
-    """What each of two processes saw of a step."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def seen_by(ranks: int, config: Path, folder: Path) -> list[dict[str, Any]]:
+    """What each of several processes saw of a step."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     worker = Path(__file__).parent / "plan_ranks.py"
     finished = subprocess.run(
         [sys.executable, *launcher, str(worker), str(config), str(folder)],
@@ -109,7 +112,7 @@ def two_ranks(config: Path, folder: Path) -> list[dict[str, Any]]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert finished.returncode == 0, finished.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def test_what_two_ranks_hold_gather_and_sum_is_as_planned(
@@ -126,10 +129,11 @@ def test_what_two_ranks_hold_gather_and_sum_is_as_planned(
         max_steps=3,
         dataset={"_component_": "hyper_tune.torchtune.data.file_dataset", "path": str(records)},
     )
-    seen = two_ranks(config, tmp_path)
+    seen = seen_by(2, config, tmp_path)
     settings = RecipeSettings.from_config(OmegaConf.load(config))
     planned = rehearse(settings, seen[0]["length"])
-    memory, received = planned.memory(2), planned.communication(2, micro_batches=3)
+    layout = BaseLayout(shard=2, replicate=1)
+    memory, received = planned.memory(layout), planned.communication(layout, micro_batches=3)
     # Rows that the ranks do not divide are padded, so that the first rank's share is the largest.
     assert seen[0]["base"] == memory["base weights"] >= seen[1]["base"]
     constant = ("base weights", "base buffers", *CONSTANT, "optimizer")
@@ -144,6 +148,48 @@ def test_what_two_ranks_hold_gather_and_sum_is_as_planned(
         # gloo may hold the buffers that the root and a block were gathered into until its work is
         # forgotten, and may not yet hold a block when the most is in use.
         assert working - 3 * block <= rank["working"] <= working + root + block
+
+
+def test_what_four_ranks_pass_around_in_two_copies_and_shares_is_as_planned(
+    tmp_path: Path, make_config: ConfigMaker
+) -> None:
+    config = make_config(
+        batch_size=1,
+        gradient_accumulation_steps=1,
+        data_parallel_replicate_dim=2,
+        split_generation=True,
+    )
+    seen = seen_by(4, config, tmp_path)
+    settings = RecipeSettings.from_config(OmegaConf.load(config))
+    same = replace(settings, data_parallel_replicate_dim=1, gradient_accumulation_steps=4)
+    alone = []
+    with FineTuning(replace(same, output_dir=tmp_path / "alone")) as run:
+        for run.step in range(2):
+            alone.append(run._optimize().loss)
+    planned = rehearse(settings, seen[0]["length"])
+    layout = BaseLayout(shard=2, replicate=2)
+    received = planned.communication(layout, micro_batches=1)
+    assert seen[0]["base"] == planned.memory(layout)["base weights"]
+    assert planned.generation is not None
+    values, weights = planned.generation.values, planned.generation.weights
+    for rank in seen:
+        filled = rank["filled"]
+        gathered = filled["_allgather_base_"] / 2
+        assert gathered == pytest.approx(received["gathering the base"], rel=0.01)
+        # The sums of losses and tokens are two numbers more.
+        assert filled["allreduce_"] - 2 * 8 == planned.held["factor gradients"] + weights
+        # Shares are padded to the largest.
+        assert values <= filled["allgather_"] <= 1.35 * values
+        assert received["generating in shares"] == (values + 2 * weights) * 3 // 4
+        assert rank["losses"] == pytest.approx(alone, rel=1e-6)
+
+
+def test_shares_pay_where_there_is_much_to_generate() -> None:
+    cost = GenerationCost(operations=10**12, values=10**8, weights=10**8)
+    assert cost.received(4) == 3 * 10**8 * 3 // 4
+    assert cost.split_pays(4)
+    assert not replace(cost, operations=10**10).split_pays(4)
+    assert not replace(cost, weights=10**11).split_pays(4)
 
 
 def test_a_gpu_is_named_with_its_memory() -> None:

@@ -18,6 +18,7 @@ from hyper_tune.method import MethodConfig
 from hyper_tune.optimizer_state import load_named_optimizer_state, named_optimizer_state
 from hyper_tune.parallel import broadcast_
 from hyper_tune.ranks import SampledRanks, make_allocator
+from hyper_tune.split import SplitGeneration
 from hyper_tune.step import TrainingStep
 from lowrank_adapters import FactorStack, LowRankLinear, export_peft
 from rank_budget import RankAllocator
@@ -190,12 +191,14 @@ def assemble(
     total_steps: int,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    split_generation: SplitGeneration = False,
 ) -> Assembly:
     """Put ``config``'s method on ``model``, in place, and freeze everything else.
 
     ``total_steps``: optimizer steps of the run, from which the pruning schedule is derived.
     ``device`` and ``dtype``: of the factors and hypernetworks, whatever the base's; the base may
-    still be on the meta device.
+    still be on the meta device. ``split_generation``: each process of a job generates its share of
+    the matrices; "auto" where that takes less than generating all.
 
     Raises:
         ValueError: targets that match nothing, a rank above a matrix's, a budget that cannot be.
@@ -209,7 +212,9 @@ def assemble(
     >>> step.report.live_ranks
     4
     """
-    layers, stack, owner = attach(model, config, device=device, dtype=dtype)
+    layers, stack, owner = attach(
+        model, config, device=device, dtype=dtype, split_generation=split_generation
+    )
     broadcast_([*owner.state_dict().values(), stack.values])
     allocator = make_allocator(config, stack, total_steps) if config.method.prunes else None
     sampled = None

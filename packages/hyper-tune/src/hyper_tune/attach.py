@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from hyper_core import GeneratedParameters
 from hyper_tune.factors import FactorOwner, LearnedFactors, PartlyGenerated
 from hyper_tune.method import HypernetworkSettings, MethodConfig
+from hyper_tune.split import SharedGeneration, SplitGeneration
 from lowrank_adapters import (
     SVD,
     DoRA,
@@ -29,6 +29,7 @@ def attach(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    split_generation: SplitGeneration = False,
 ) -> tuple[dict[str, LowRankLinear], FactorStack, FactorOwner]:
     """Put layers, stacked factors and their owner on ``model``, in place, and freeze the rest.
 
@@ -44,7 +45,7 @@ def attach(
     )
     freeze_base_(model)
     stack = FactorStack(layers)
-    return layers, stack, _make_owner(config, stack)
+    return layers, stack, _make_owner(config, stack, split_generation)
 
 
 def layer_maker(config: MethodConfig) -> LoRA | SVD | DoRA | DyLoRA:
@@ -63,26 +64,29 @@ detach_norm=True)
     return SVD(rank, alpha) if config.method.layer == "svd" else LoRA(rank, alpha)
 
 
-def _make_owner(config: MethodConfig, stack: FactorStack) -> FactorOwner:
+def _make_owner(
+    config: MethodConfig, stack: FactorStack, split_generation: SplitGeneration
+) -> FactorOwner:
     settings = config.hypernetwork
     if settings is None:
         return LearnedFactors(stack.groups)
     written = [group for group in stack.groups if group.role not in _LEARNED_DIRECTLY]
     generated = _generated(settings, written)
+    generated.share_(split_generation)
     if len(written) == len(stack.groups):
         return generated
     learned = [group for group in stack.groups if group.role in _LEARNED_DIRECTLY]
     return PartlyGenerated(generated, LearnedFactors(learned))
 
 
-def _generated(settings: HypernetworkSettings, groups: list[FactorGroup]) -> GeneratedParameters:
+def _generated(settings: HypernetworkSettings, groups: list[FactorGroup]) -> SharedGeneration:
     leaves: dict[str, list[Tensor]] = {}
     labels: dict[str, list[str]] = {}
     for group in groups:
         leaves.setdefault(group.role, []).append(group.values)
         labels.setdefault(group.role, []).extend(name.rpartition(".")[2] for name in group.names)
     zero = [role for role in leaves if role in _ZERO_AT_START]
-    return GeneratedParameters(
+    return SharedGeneration(
         leaves,
         config=settings.config,
         sharing=labels if settings.sharing == "groups" else settings.sharing,

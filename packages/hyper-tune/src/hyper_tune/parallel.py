@@ -34,6 +34,15 @@ def sum_over_ranks_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather_over_ranks(mine: Tensor) -> Tensor:
+    """Return the vectors of all ranks, (ranks, numbers), which are of equal length."""
+    everyone = mine.new_empty(world_size(), len(mine))
+    if not dist.is_initialized():
+        return everyone.copy_(mine)
+    dist.all_gather(list(everyone.unbind()), mine)
+    return everyone
+
+
 @torch.no_grad()
 def broadcast_(tensors: Iterable[Tensor]) -> None:
     """Overwrite each rank's tensors by rank 0's."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hyper_tune.errors import UserError
+from hyper_tune.layout import BaseLayout
+from hyper_tune.split import GenerationCost, SplitGeneration
 
 # What is left of a GPU's memory for tensors: the rest goes to the driver's context, the buffers of
 # communication and the gaps between blocks of the allocator.
@@ -21,8 +23,10 @@ class Rehearsal:
     ``blocks`` and ``root``: the base's parameters that are gathered together, those of each layer
     and the rest. ``buffers``: of the base, whole on each process. ``factors``: values of the
     low-rank factors, in numbers. ``hypernetworks``: weights that generate them; 0 where there are
-    none. ``held``: bytes that stay for the whole run, by part, besides the base. ``peak``: bytes
-    that come and go, by part, at the moment when most are alive.
+    none. ``generation``: what generating costs, None where nothing is generated; ``split``: whether
+    the processes share that, as `SharedGeneration` takes it. ``offload``: the base's shards are in
+    the CPU's memory. ``held``: bytes that stay for the whole run, by part, besides the base.
+    ``peak``: bytes that come and go, by part, at the moment when most are alive.
     """
 
     blocks: Sequence[Sequence[Tensor]]
@@ -30,6 +34,9 @@ class Rehearsal:
     buffers: Sequence[Tensor]
     factors: int
     hypernetworks: int
+    generation: GenerationCost | None
+    split: SplitGeneration
+    offload: bool
     held: Mapping[str, int]
     peak: Mapping[str, int]
 
@@ -41,33 +48,52 @@ class Rehearsal:
     def _base(self) -> list[Tensor]:
         return [*self.root, *(tensor for block in self.blocks for tensor in block)]
 
-    def memory(self, processes: int) -> dict[str, int]:
+    def memory(self, layout: BaseLayout) -> dict[str, int]:
         """Return the bytes of one process's GPU at the peak of a step, by part.
 
-        With more than one process FSDP2 shards each parameter of the base by its first dimension.
-        The root's are whole from the forward to the backward pass; of the blocks, one is in use
-        while the next is gathered, into one buffer and from there into its parameters.
+        FSDP2 shards each parameter of the base by its first dimension. The root's are whole from
+        the forward to the backward pass; of the blocks, one is in use while the next is gathered,
+        into one buffer and from there into its parameters.
         """
-        parts = {"base weights": sum(_share(tensor, processes) for tensor in self._base())}
-        if processes > 1:
+        parts = {"base weights": 0 if self.offload else self.shards(layout)}
+        if layout.shard > 1:
             largest = max(map(_bytes, self.blocks))
             parts["gathered base weights"] = _bytes(self.root) + 3 * largest
         parts["base buffers"] = _bytes(self.buffers)
         return parts | dict(self.held) | dict(self.peak)
 
-    def communication(self, processes: int, micro_batches: int) -> dict[str, int]:
+    def shards(self, layout: BaseLayout) -> int:
+        """Return the bytes of the base's weights that one process keeps."""
+        return sum(_share(tensor, layout.shard) for tensor in self._base())
+
+    def largest_weight(self) -> int:
+        """Return the bytes of the base's largest tensor, which loading has in the CPU's memory."""
+        return max(tensor.nbytes for tensor in self._base())
+
+    def communication(self, layout: BaseLayout, micro_batches: int) -> dict[str, int]:
         """Return the bytes that one process receives in an optimizer step, by purpose.
 
-        A ring passes (N - 1)/N of what is gathered, and twice that of what is summed. The blocks
-        are gathered in the forward and again in the backward pass, the root once; the factors'
-        gradients are summed once a step.
+        A ring of N passes (N - 1)/N of what is gathered, and twice that of what is summed. The
+        base is gathered among the processes of one copy: the blocks in the forward and again in
+        the backward pass, the root once. The factors' gradients are summed over all processes once
+        a step; so are the hypernetworks' where generation is split, after one gathering of values.
         """
+        processes = layout.shard * layout.replicate
         gathered = _bytes(self.root) + 2 * sum(map(_bytes, self.blocks))
-        others = processes - 1
-        return {
-            "gathering the base": gathered * micro_batches * others // processes,
-            "summing gradients": 2 * self.held["factor gradients"] * others // processes,
+        others = layout.shard - 1
+        received = {
+            "gathering the base": gathered * micro_batches * others // layout.shard,
+            "summing gradients": 2 * self.held["factor gradients"] * (processes - 1) // processes,
         }
+        if self.generation is not None and self._is_split(processes):
+            received["generating in shares"] = self.generation.received(processes)
+        return received
+
+    def _is_split(self, processes: int) -> bool:
+        assert self.generation is not None
+        return self.split is True or (
+            self.split == "auto" and self.generation.split_pays(processes)
+        )
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from hyper_tune.cli.table import print_table
+from hyper_tune.layout import BaseLayout
 from hyper_tune.overrides import apply_overrides
 from hyper_tune.packaged import find_config, read_config
 from hyper_tune.plan import USABLE, Rehearsal, gpu_bytes
@@ -19,7 +20,9 @@ def plan(
     ] = None,
     *,
     config: Annotated[str, typer.Option(help="A packaged configuration, or a file.")],
-    nproc: Annotated[int, typer.Option(min=1, help="GPUs, over which the base is sharded.")] = 1,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="GPUs in all; data_parallel_* say how the base lies on them.")
+    ] = 1,
     length: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens of each sample; the most that it may have without it."),
@@ -36,16 +39,22 @@ def plan(
 
     chosen = apply_overrides(loaded, overrides or [], COMPONENTS)
     settings = RecipeSettings.from_config(chosen)
+    shard, replicate = settings.data_parallel_shard_dim, settings.data_parallel_replicate_dim
+    layout = BaseLayout.of(nproc, shard, replicate)
     tokens = length or longest_sample(settings)
     rehearsal = rehearse(settings, tokens)
-    memory = rehearsal.memory(nproc)
+    memory = rehearsal.memory(layout)
     total = sum(memory.values())
     _print_parameters(rehearsal)
     micro_batch = f"{settings.batch_size} x {tokens} tokens"
     _print_bytes(f"memory per GPU, {micro_batch}", memory, f"peak {_processes(nproc)}")
+    host = {"largest weight, while loading": rehearsal.largest_weight()}
+    if settings.fsdp_cpu_offload:
+        host["base weights"] = rehearsal.shards(layout)
+    _print_bytes("memory of the host, per process", host, "at most")
     if nproc > 1:
         steps = settings.gradient_accumulation_steps
-        received = rehearsal.communication(nproc, steps)
+        received = rehearsal.communication(layout, steps)
         _print_bytes(f"received per GPU and step of {steps} micro-batches", received, "in all")
     if memory_of_gpu is not None:
         share = total / memory_of_gpu

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torchtune import training
 from tqdm import tqdm
 
 from hyper_tune import parallel
@@ -84,7 +85,11 @@ class FineTuning:
         self.identity = run_identity(settings, self.data, self.total_steps)
         torch.manual_seed(derive_seed(settings.seed, "start"))
         self.method = assemble(
-            model, settings.method, total_steps=self.total_steps, device=self.device
+            model,
+            settings.method,
+            total_steps=self.total_steps,
+            device=self.device,
+            split_generation=settings.split_generation,
         )
         self.optimizer = build("optimizer", settings.optimizer, self.method.parameters())
         self.scheduler = build(
@@ -99,6 +104,9 @@ class FineTuning:
         prepare_(model, settings, self.method.stack.leaf_parameters(), self.device)
         load_(model, settings, self.method.layers, self.device)
         self.model = model
+        self.offloading = training.get_act_offloading_ctx_manager(
+            model, settings.enable_activation_offloading
+        )
 
     def __exit__(
         self,
@@ -227,7 +235,9 @@ class FineTuning:
             for indices in batches:
                 samples = [self.data[index] for index in indices]
                 tokens, labels = collate(samples, self.tokenizer.pad_id, self.device)
-                loss = cross_entropy_sum(self.model(tokens), labels)
+                with self.offloading:
+                    logits = self.model(tokens)
+                loss = cross_entropy_sum(logits, labels)
                 step.backward(loss, (labels != IGNORE_INDEX).sum())
         return step.report
 

@@ -11,9 +11,10 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
 from hyper_tune.attach import attach
 from hyper_tune.errors import UserError
-from hyper_tune.factors import FactorOwner
+from hyper_tune.factors import FactorOwner, PartlyGenerated
 from hyper_tune.memory import LiveMemory
 from hyper_tune.plan import Rehearsal
+from hyper_tune.split import GenerationCost, SharedGeneration
 from hyper_tune.torchtune.base_model import OUTPUT_CHUNKS, build_on_meta, prepare_
 from hyper_tune.torchtune.components import build
 from hyper_tune.torchtune.loss import cross_entropy_sum
@@ -78,6 +79,9 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
         buffers=[buffer for buffer in buffers if id(buffer) not in mask_ids],
         factors=stack.values.numel(),
         hypernetworks=sum(p.numel() for p in trained if not _shares(p, stack.values)),
+        generation=_generation_cost(owner),
+        split=settings.split_generation,
+        offload=settings.fsdp_cpu_offload,
         held={
             "factors": stack.values.nbytes + sum(mask.nbytes for mask in masks),
             "factor gradients": stack.grads.nbytes,
@@ -85,6 +89,11 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
         },
         peak={part: memory.peak.get(part, 0) for part in _PARTS},
     )
+
+
+def _generation_cost(owner: FactorOwner) -> GenerationCost | None:
+    generated = owner.generated if isinstance(owner, PartlyGenerated) else owner
+    return GenerationCost.of(generated) if isinstance(generated, SharedGeneration) else None
 
 
 _PARTS = (

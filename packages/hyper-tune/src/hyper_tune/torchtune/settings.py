@@ -19,6 +19,7 @@ from hyper_tune.checks import (
 from hyper_tune.errors import UserError
 from hyper_tune.layout import check_dims
 from hyper_tune.method import MethodConfig
+from hyper_tune.split import SplitGeneration
 
 Component = Mapping[str, Any]
 
@@ -74,6 +75,7 @@ class RecipeSettings:
     data_parallel_shard_dim: int = -1
     data_parallel_replicate_dim: int = 1
     fsdp_cpu_offload: bool = False
+    split_generation: SplitGeneration = False
     device: str = "cpu"
     dtype: str = "fp32"
     save_every_n_steps: int = 100
@@ -102,6 +104,7 @@ class RecipeSettings:
         require_choice("dtype", self.dtype, DTYPES)
         check_dims(self.data_parallel_shard_dim, self.data_parallel_replicate_dim)
         self._check_offloading()
+        self._check_split()
         self._check_checkpointer()
         if self.exact_match is not None:
             known_fields("exact_match", self.exact_match, {"path", "format", "max_new_tokens"})
@@ -138,6 +141,14 @@ class RecipeSettings:
         rule = "moves what activation checkpointing keeps"
         remedy = "set enable_activation_checkpointing=True"
         require(fits, "enable_activation_offloading", True, rule, remedy)
+
+    def _check_split(self) -> None:
+        name, value = "split_generation", self.split_generation
+        rule, remedy = "must be True, False or auto", "choose one"
+        require(isinstance(value, bool) or value == "auto", name, value, rule, remedy)
+        fits = value is not True or self.method.hypernetwork is not None
+        rule = f"{self.method.name} has no hypernetworks"
+        require(fits, name, value, rule, "remove it, or choose a method that has")
 
     def _check_checkpointer(self) -> None:
         component = self.checkpointer["_component_"]
