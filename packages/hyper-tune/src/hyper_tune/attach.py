@@ -1,5 +1,7 @@
 """Puts a method's layers, stacked factors and their owner on a model."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,7 @@ def attach(
     model: nn.Module,
     config: MethodConfig,
     *,
+    also_exclude: Sequence[str] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, LowRankLinear], FactorStack, FactorOwner]:
@@ -38,7 +41,7 @@ def attach(
         model,
         layer_maker(config),
         config.target_modules,
-        exclude=config.exclude,
+        exclude=[*config.exclude, *also_exclude],
         device=device,
         factor_dtype=dtype,
     )

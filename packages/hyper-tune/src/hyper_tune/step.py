@@ -46,6 +46,9 @@ class TrainingStep:
     inside the block discards the step. A step whose loss or gradient is not finite is skipped: no
     parameter, score, mask or state changes.
 
+    ``reduced``: whether the gradients are their means over ranks already, as after
+    `DistributedDataParallel`.
+
     One host read a step: loss, penalty, norm and token count together, after the backward pass.
     """
 
@@ -54,10 +57,13 @@ class TrainingStep:
         assembly: "Assembly",
         optimizer: Optimizer,
         max_grad_norm: float | None = None,
+        *,
+        reduced: bool = False,
     ) -> None:
         self._assembly = assembly
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
+        self._reduced = reduced
         self._sums: Tensor | None
         self.report: StepReport
 
@@ -126,15 +132,18 @@ class TrainingStep:
 
     def _reduce(self) -> tuple[Tensor, Tensor]:
         """Sum gradients over ranks, divide by all tokens; return the mean loss and the tokens."""
-        stack = self._assembly.stack
-        stack.check_bound()
-        sum_over_ranks_(stack.grads)
+        self._assembly.stack.check_bound()
+        gradients = self._assembly.gradients()
+        if not self._reduced:
+            for gradient in gradients:
+                sum_over_ranks_(gradient)
         if self._sums is None:
-            stack.grads.div_(world_size())
-            zero = torch.zeros((), device=stack.grads.device)
+            if not self._reduced:
+                torch._foreach_div_(gradients, world_size())
+            zero = torch.zeros((), device=gradients[0].device)
             return zero, zero
         loss_sum, tokens = sum_over_ranks_(self._sums).unbind()
-        stack.grads.div_(tokens)
+        torch._foreach_div_(gradients, tokens)
         return loss_sum / tokens, tokens
 
     def _add_penalty(self) -> Tensor:
