@@ -64,6 +64,11 @@ class AdaptedModel:
         untyped.register_forward_pre_hook(disable(self._before_forward))
         untyped.register_load_state_dict_pre_hook(self._before_loading)
         untyped.register_load_state_dict_post_hook(self._after_loading)
+        untyped.to = self._to
+        if task_type(model) == "SEQ_CLS":
+            # These models take a count of items for their loss, and most of them do not use it:
+            # Trainer would multiply the loss by the number of micro-batches and processes.
+            untyped.accepts_loss_kwargs = False
         if hasattr(model, "save_pretrained"):
             untyped.save_pretrained = self.save_pretrained
 
@@ -160,6 +165,21 @@ class AdaptedModel:
         else:
             # Whoever sets gradients to None drops them; the views take their place again.
             self.method.stack.bind_grads_()
+
+    def _to(self, *where: Any, **options: Any) -> nn.Module:
+        """Stand for ``model.to``: the factors are views of one buffer and cannot be moved."""
+        parse: Any = torch._C._nn._parse_to
+        device, dtype, *_ = parse(*where, **options)
+        here = self.method.stack.values.device
+        there = here if device is None else device
+        # Torch copies a tensor to "cpu:0", though it is there.
+        stays = there.type == here.type and (there.type == "cpu" or there.index in (None, here.index))
+        if stays and dtype is None:
+            return self.model
+        raise UserError(
+            f"the model was to be moved or cast to {device or dtype} with a method on it; do so "
+            "before the method is put on it: adapt(model, config, device=args.device)."
+        )
 
     def export(self, folder: str | Path) -> Path:
         """Write the adapter in PEFT's layout, with the modules that are trained as a whole.
@@ -278,13 +298,15 @@ def adapt(
     *,
     total_steps: int | None = None,
     modules_to_save: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> AdaptedModel:
     """Put a method on a model of transformers, in place, and freeze everything else.
 
     ``total_steps``: optimizer steps of the run; Trainer's callback says it where it is None.
     ``modules_to_save``: modules that are trained as a whole; by default the head that the model has
-    beside its pretrained body, which is none for language models. ``dtype``: of the factors.
+    beside its pretrained body, which is none for language models. ``device``: where the model is
+    moved first, such as Trainer's ``args.device``. ``dtype``: of the factors.
 
     Raises:
         UserError: a method or module that the model cannot have.
@@ -297,6 +319,8 @@ def adapt(
     (7, ['classifier'])
     """
     heads = head_names(model) if modules_to_save is None else modules_to_save
+    if device is not None:
+        model.to(device)
     device = next(model.parameters()).device
     method = assemble(
         model, config, total_steps=None, modules_to_save=heads, device=device, dtype=dtype

@@ -83,8 +83,8 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]
         if adapted.steps + adapted.skipped == self._done:
             if not getattr(optimizer, "step_was_skipped", False):
                 raise UserError(
-                    f"Trainer took step {state.global_step}, but the method saw nothing of it; look "
-                    "for code that replaces the optimizer or its step."
+                    f"Trainer took step {state.global_step}, but the method saw nothing of it; "
+                    "look for code that replaces the optimizer or its step."
                 )
             adapted.skipped += 1
         self._in_a_row = 0 if adapted.steps > self._taken else self._in_a_row + 1
