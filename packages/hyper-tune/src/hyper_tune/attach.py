@@ -35,6 +35,8 @@ def attach(
 ) -> tuple[dict[str, LowRankLinear], FactorStack, FactorOwner]:
     """Put layers, stacked factors and their owner on ``model``, in place, and freeze the rest.
 
+    ``also_exclude``: patterns beside the config's, for modules that are trained as a whole.
+
     All that trains, without what becomes of the ranks: it also works where ``device`` is meta.
     """
     layers = inject_adapters_(

@@ -173,8 +173,8 @@ class AdaptedModel:
         here = self.method.stack.values.device
         there = here if device is None else device
         # Torch copies a tensor to "cpu:0", though it is there.
-        stays = there.type == here.type and (there.type == "cpu" or there.index in (None, here.index))
-        if stays and dtype is None:
+        anywhere = there.type == "cpu" or there.index in (None, here.index)
+        if there.type == here.type and anywhere and dtype is None:
             return self.model
         raise UserError(
             f"the model was to be moved or cast to {device or dtype} with a method on it; do so "
