@@ -53,7 +53,7 @@ def forbidden_trainers(source: Path) -> list[str]:
         f"{path.relative_to(source)} imports {name}"
         for path, names in imports_of(source).items()
         for name in sorted(names & TRAINERS)
-        if "torchtune" not in path.relative_to(source).parts[:-1]
+        if not {"torchtune", "hf"} & set(path.relative_to(source).parts[:-1])
     ]
 
 

@@ -1,6 +1,6 @@
 """Puts a method on a model: layers, stacked factors, their owner, the allocator."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hyper_tune.parallel import broadcast_
 from hyper_tune.ranks import SampledRanks, make_allocator
 from hyper_tune.split import SplitGeneration
 from hyper_tune.step import TrainingStep
+from hyper_tune.whole import patterns_inside, whole_modules
 from lowrank_adapters import FactorStack, LowRankLinear, export_peft
 from rank_budget import RankAllocator
 
@@ -33,7 +34,8 @@ class Assembly:
     ``layers``: the adapted layers by name, in model order. ``stack``: their factors as stacked
     views of flat buffers. ``owner``: hypernetworks, or the factors themselves. ``allocator``: the
     rank budget, or None. ``sampled``: the ranks that are drawn, or None; between steps all are in
-    use. Saved: owner, masks, allocator and draws; never the base.
+    use. ``modules_to_save``: modules that are trained as a whole beside the factors, by name.
+    Saved: owner, masks, allocator, draws and those modules; never the base.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Assembly:
         owner: FactorOwner,
         allocator: RankAllocator | None,
         sampled: SampledRanks | None,
+        modules_to_save: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.config = config
         self.layers = layers
@@ -51,7 +54,9 @@ class Assembly:
         self.owner = owner
         self.allocator = allocator
         self.sampled = sampled
-        self._parameters = [parameter for _, parameter in owner.named_parameters()]
+        self.modules_to_save = modules_to_save or {}
+        self._whole = [p for module in self.modules_to_save.values() for p in module.parameters()]
+        self._parameters = [parameter for _, parameter in self.named_parameters()]
 
     @property
     def orthogonality(self) -> float | None:
@@ -76,21 +81,57 @@ class Assembly:
         return {name: live[name] for name in self.layers}
 
     def parameters(self) -> list[Tensor]:
-        """Return what the optimizer trains: hypernetworks, or the stacked factors themselves."""
+        """Return what the optimizer trains: hypernetworks, or the stacked factors themselves, and
+        the modules that are trained as a whole.
+        """
         return self._parameters
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield `parameters` by name."""
+        yield from self.owner.named_parameters()
+        for name, module in self.modules_to_save.items():
+            yield from module.named_parameters(prefix=f"modules_to_save.{name}")
+
+    def gradients(self) -> list[Tensor]:
+        """Return what a step reduces: the factors' flat gradient, and those of whole modules."""
+        for parameter in self._whole:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [self.stack.grads, *(p.grad for p in self._whole if p.grad is not None)]
+
+    def broadcast_(self) -> None:
+        """Overwrite every rank's factors, owner and whole modules by rank 0's."""
+        broadcast_([*self.owner.state_dict().values(), self.stack.values])
+        for module in self.modules_to_save.values():
+            broadcast_(module.state_dict().values())
+
+    def plan_(self, total_steps: int) -> None:
+        """Make the rank budget's schedule for a run of so many optimizer steps."""
+        if self.config.method.prunes:
+            self.allocator = make_allocator(self.config, self.stack, total_steps)
 
     def step(
         self,
         optimizer: Optimizer,
         max_grad_norm: float | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
+        *,
+        reduced: bool = False,
     ) -> TrainingStep:
         """Return the context manager of one optimizer step; see `TrainingStep`.
 
         ``stop_requested`` is asked once, before the reduction over ranks; the step's report says
         whether it was true on any of them.
+
+        Raises:
+            UserError: the method prunes, and was not told of how many steps the run is.
         """
-        return TrainingStep(self, optimizer, max_grad_norm, stop_requested)
+        if self.config.method.prunes and self.allocator is None:
+            raise UserError(
+                f"{self.config.name} prunes by a schedule, but the number of steps is not known; "
+                "give total_steps, or call plan_(total_steps) before the first step."
+            )
+        return TrainingStep(self, optimizer, max_grad_norm, stop_requested, reduced=reduced)
 
     @torch.no_grad()
     def write_factors_(self) -> None:
@@ -102,14 +143,15 @@ class Assembly:
 
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
         """Return everything that changes the next step; tensors are live, not copies."""
+        whole = {name: dict(m.state_dict()) for name, m in self.modules_to_save.items()}
         return {
             "owner": dict(self.owner.state_dict()),
             "allocator": None if self.allocator is None else self.allocator.state_dict(),
             "sampled": None if self.sampled is None else self.sampled.state_dict(),
             "optimizer": None
             if optimizer is None
-            else named_optimizer_state(optimizer, self.owner.named_parameters()),
-        }
+            else named_optimizer_state(optimizer, self.named_parameters()),
+        } | ({"modules_to_save": whole} if whole else {})
 
     def load_state_dict(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
         """Restore what `state_dict` returned, in place.
@@ -121,15 +163,16 @@ class Assembly:
             raise UserError("the saved state has no optimizer; load it without one, or save both.")
         try:
             self.owner.load_state_dict(state["owner"])
-        except (RuntimeError, HyperError) as error:
+            for name, module in self.modules_to_save.items():
+                module.load_state_dict(state["modules_to_save"][name])
+        except (RuntimeError, KeyError, HyperError) as error:
             raise UserError(f"the saved state is of another model or method: {error}") from error
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
         if self.sampled is not None:
             self.sampled.load_state_dict(state["sampled"])
         if optimizer is not None:
-            named = self.owner.named_parameters()
-            load_named_optimizer_state(optimizer, named, state["optimizer"])
+            load_named_optimizer_state(optimizer, self.named_parameters(), state["optimizer"])
 
     def export(
         self,
@@ -154,6 +197,7 @@ class Assembly:
                 folder,
                 rename=rename,
                 transform_b=transform_b,
+                modules_to_save=self.modules_to_save,
                 base_model_name_or_path=base_model_name_or_path,
                 task_type=task_type,
             )
@@ -188,14 +232,18 @@ def assemble(
     model: nn.Module,
     config: MethodConfig,
     *,
-    total_steps: int,
+    total_steps: int | None,
+    modules_to_save: Sequence[str] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     split_generation: SplitGeneration = False,
 ) -> Assembly:
     """Put ``config``'s method on ``model``, in place, and freeze everything else.
 
-    ``total_steps``: optimizer steps of the run, from which the pruning schedule is derived.
+    ``total_steps``: optimizer steps of the run, from which the pruning schedule is derived; None
+    where they are not known yet, and `Assembly.plan_` will be called.
+    ``modules_to_save``: names of modules that are trained as a whole, such as a classification
+    head; nothing in them is adapted.
     ``device`` and ``dtype``: of the factors and hypernetworks, whatever the base's; the base may
     still be on the meta device. ``split_generation``: each process of a job generates its share of
     the matrices; "auto" where that takes less than generating all.
@@ -212,12 +260,22 @@ def assemble(
     >>> step.report.live_ranks
     4
     """
+    whole = whole_modules(model, modules_to_save)
     layers, stack, owner = attach(
-        model, config, device=device, dtype=dtype, split_generation=split_generation
+        model,
+        config,
+        also_exclude=patterns_inside(whole),
+        device=device,
+        dtype=dtype,
+        split_generation=split_generation,
     )
-    broadcast_([*owner.state_dict().values(), stack.values])
-    allocator = make_allocator(config, stack, total_steps) if config.method.prunes else None
+    for module in whole.values():
+        module.requires_grad_(True)
     sampled = None
     if config.sampling is not None:
         sampled = SampledRanks(layers, config.sampling, config.init_rank)
-    return Assembly(config, layers, stack, owner, allocator, sampled)
+    method = Assembly(config, layers, stack, owner, None, sampled, whole)
+    method.broadcast_()
+    if total_steps is not None:
+        method.plan_(total_steps)
+    return method

@@ -1,5 +1,7 @@
 """Puts a method's layers, stacked factors and their owner on a model."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -27,11 +29,14 @@ def attach(
     model: nn.Module,
     config: MethodConfig,
     *,
+    also_exclude: Sequence[str] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     split_generation: SplitGeneration = False,
 ) -> tuple[dict[str, LowRankLinear], FactorStack, FactorOwner]:
     """Put layers, stacked factors and their owner on ``model``, in place, and freeze the rest.
+
+    ``also_exclude``: patterns beside the config's, for modules that are trained as a whole.
 
     All that trains, without what becomes of the ranks: it also works where ``device`` is meta.
     """
@@ -39,7 +44,7 @@ def attach(
         model,
         layer_maker(config),
         config.target_modules,
-        exclude=config.exclude,
+        exclude=[*config.exclude, *also_exclude],
         device=device,
         factor_dtype=dtype,
     )

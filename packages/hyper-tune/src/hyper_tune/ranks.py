@@ -100,6 +100,6 @@ def make_allocator(config: MethodConfig, stack: FactorStack, total_steps: int) -
             f"the pruning schedule leaves {reached} of {initial} ranks before the last of "
             f"{total_steps} steps, above the budget of {budget}; lower method.pruning.interval "
             f"({settings.interval}) or raise method.pruning.count.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return RankAllocator(matrices, schedule, score=settings.importance)

@@ -49,6 +49,9 @@ class TrainingStep:
     inside the block discards the step. A step whose loss or gradient is not finite is skipped: no
     parameter, score, mask or state changes.
 
+    ``reduced``: whether the gradients are their means over ranks already, as after
+    `DistributedDataParallel`.
+
     One host read a step: loss, penalty, norm and token count together, after the backward pass.
     """
 
@@ -58,11 +61,14 @@ class TrainingStep:
         optimizer: Optimizer,
         max_grad_norm: float | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
+        *,
+        reduced: bool = False,
     ) -> None:
         self._assembly = assembly
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._stop_requested = stop_requested
+        self._reduced = reduced
         self._sums: Tensor | None
         self.report: StepReport
 
@@ -136,16 +142,19 @@ class TrainingStep:
         Returns the mean loss, the tokens, and the ranks that are asked to stop, which go into the
         same reduction, so that all ranks learn of it at the same step.
         """
-        stack = self._assembly.stack
-        stack.check_bound()
-        sum_over_ranks_(stack.grads)
+        self._assembly.stack.check_bound()
+        gradients = self._assembly.gradients()
+        if not self._reduced:
+            for gradient in gradients:
+                sum_over_ranks_(gradient)
         if self._sums is None:
-            stack.grads.div_(world_size())
-            zero = torch.zeros((), device=stack.grads.device)
+            if not self._reduced:
+                torch._foreach_div_(gradients, world_size())
+            zero = torch.zeros((), device=gradients[0].device)
             return zero, zero, zero
         stops = self._sums.new_full((1,), float(self._stop_requested()))
         loss_sum, tokens, stops = sum_over_ranks_(torch.cat([self._sums, stops])).unbind()
-        stack.grads.div_(tokens)
+        torch._foreach_div_(gradients, tokens)
         return loss_sum / tokens, tokens, stops
 
     def _add_penalty(self) -> Tensor:

@@ -1,0 +1,7 @@
+"""Methods on models of transformers: for its Trainer, for accelerate, and for plain loops."""
+
+from hyper_tune.hf.adapted import AdaptedModel, adapt
+from hyper_tune.hf.callback import MethodCallback
+from hyper_tune.hf.optimizer import MethodOptimizer
+
+__all__ = ["AdaptedModel", "MethodCallback", "MethodOptimizer", "adapt"]
