@@ -14,6 +14,7 @@ from rank_budget import (
     BudgetError,
     CubicBudget,
     FixedPruning,
+    Limits,
     RankAllocator,
     SmoothedSensitivity,
     attach_,
@@ -273,11 +274,82 @@ def test_pruned_components_need_not_stay_allocated():
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=0, atol=1e-6)
     ranks = {name: layer.lam.shape[0] for name, layer in layers.items()}
-    assert ranks == allocator.ranks()
+    assert ranks == {name: max(1, rank) for name, rank in allocator.ranks().items()}
     state = [value for state in optimizer.state.values() for value in state.values()]
     assert sum(value.numel() for value in state if value.dim()) == 2 * sum(
         factor.numel() for layer in layers.values() for factor in (layer.p, layer.lam, layer.q)
     )
+
+
+def trained_and_pruned(*, kill=None):
+    """A model after 4 steps with an attached allocator; ``kill``: a module that loses all.
+
+    Without one each keeps something.
+    """
+    model = adalora()
+    layers = ranked_layers(model)
+    limits = Limits(floors={"*": 1}) if kill is None else Limits(ceilings={f"*{kill}": 0})
+    allocator = RankAllocator(
+        layers,
+        FixedPruning(INITIAL, FINAL, 1, 2).times(MATRICES),
+        score=SmoothedSensitivity(),
+        limits=limits,
+    )
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    attach_(allocator, optimizer)
+    list(train_on(model, optimizer, 4))
+    return model, layers, allocator, optimizer
+
+
+def train_on(model, optimizer, steps):
+    for step in range(steps):
+        torch.manual_seed(step)
+        tokens = torch.randint(61, (4, 12))
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        yield optimizer.step()
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(24).view(2, 12)).logits
+
+
+def loaded(model, folder):
+    model.save_pretrained(folder)
+    return PeftModel.from_pretrained(tiny_llama(), folder)
+
+
+@pytest.mark.parametrize("kill", [None, "layers.1.mlp.down_proj"])
+def test_a_folder_saved_after_compacting_loads_in_peft(tmp_path, kill):
+    model, layers, allocator, optimizer = trained_and_pruned(kill=kill)
+    whole = logits_of(model)
+    masks = allocator.masks()
+    compact_(layers, masks, optimizer)
+    again = loaded(model, tmp_path / "once")
+    torch.testing.assert_close(logits_of(again), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits_of(again), logits_of(model), rtol=0, atol=0)
+    ranks = {name: layer.lam.shape[0] for name, layer in ranked_layers(again).items()}
+    assert ranks == {name: max(1, rank) for name, rank in allocator.ranks().items()}
+    assert (0 in allocator.ranks().values()) == (kill is not None)
+    # The training goes on; what is dead stays so; smaller still, it loads again.
+    list(train_on(model.train(), optimizer, 2))
+    dead = [layers[name].lam for name, rank in allocator.ranks().items() if rank == 0]
+    assert bool(dead) == (kill is not None)
+    assert not any(lam.any() for lam in dead)
+    more = {name: torch.ones(len(layer.lam), dtype=torch.bool) for name, layer in layers.items()}
+    cut = next(name for name, rank in ranks.items() if rank > 1)
+    more[cut][0] = False
+    with torch.no_grad():
+        layers[cut].lam[0] = 0
+    expected = logits_of(model)
+    compact_(layers, more, optimizer)
+    twice = loaded(model, tmp_path / "twice")
+    torch.testing.assert_close(logits_of(twice), expected, rtol=0, atol=1e-6)
+    assert sum(map(len, twice.peft_config["default"].rank_pattern.values())) == INITIAL * MATRICES
+    # What was loaded is compacted and saved as well.
+    (layer,) = (layer for name, layer in ranked_layers(twice).items() if name == cut)
+    assert layer.lam.shape[0] == ranks[cut] - 1
 
 
 def test_the_readmes_five_lines_attach_to_pefts_model(capsys):
@@ -301,6 +373,7 @@ def test_the_readmes_five_lines_attach_to_pefts_model(capsys):
     optimizer.step()
     assert allocator.steps == 21
     for name, layer in layers.items():
-        assert layer.lam.shape[0] == allocator.ranks()[name]
-        assert (layer.lam != before[name]).all()
+        rank = allocator.ranks()[name]
+        assert layer.lam.shape[0] == max(1, rank)
+        assert (layer.lam != before[name]).all() == bool(rank)
     capsys.readouterr()

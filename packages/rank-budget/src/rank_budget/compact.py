@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from rank_budget.allocator import RankAllocator
 from rank_budget.errors import BudgetError
-from rank_budget.layers import RankedLayer
+from rank_budget.layers import AdaLoraLayer, RankedLayer
 
 _COMPONENTS = {"p": 1, "lam": 0, "q": 0}
 
@@ -46,8 +46,9 @@ def compact_(
     What the layers compute does not change, nor does the optimizer's next step: its state is
     resized with the factors. Adapters keep their scaling, whatever their rank. A module's ``rank``
     and ``rank_mask``, if it has them, follow. The allocator that gave the masks may stay attached
-    once its budget is final; for further pruning make a new one. PEFT does not load an AdaLoRA
-    adapter that is saved with factors of this size: save or export it before.
+    once its budget is final; for further pruning make a new one. Of layers that `ranked_layers`
+    found in a ``PeftModel``, PEFT's ``rank_pattern`` follows, by which it saves and loads them; one
+    that has nothing alive keeps a component of λ zero, frozen, since PEFT loads none without.
 
     ``masks``: bool, (rank,), such as `RankAllocator.masks` returns.
 
@@ -73,11 +74,20 @@ def compact_(
                     "whose state has the shape of its parameters, such as Adam."
                 )
     replaced: dict[Tensor, Tensor] = {}
-    for name, role, factor in _factors(layers):
-        kept = masks[name].nonzero()[:, 0].to(factor.device)
-        replaced[factor] = _replace(layers[name], role, factor, kept, state)
     for name, layer in layers.items():
-        _follow(layer, masks[name])
+        mask = masks[name]
+        if isinstance(layer, AdaLoraLayer):
+            mask = layer.keep(mask)
+            layer.record(mask)
+        for role in _COMPONENTS:
+            factor = getattr(layer, role)
+            kept = mask.nonzero()[:, 0].to(factor.device)
+            replaced[factor] = _replace(layer, role, factor, kept, state)
+            if mask is not masks[name]:
+                getattr(layer, role).requires_grad_(False)
+        if mask is not masks[name]:
+            layer.lam.zero_()
+        _follow(layer, mask)
     for group in [] if optimizer is None else optimizer.param_groups:
         group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
 

@@ -48,9 +48,13 @@ class Triplet:
 
 
 class AdaLoraLayer:
-    """The triplet of one adapter of PEFT's AdaLoRA layer: lora_B, lora_E and lora_A."""
+    """The triplet of one adapter of PEFT's AdaLoRA layer: lora_B, lora_E and lora_A.
 
-    def __init__(self, module: Any, adapter: str) -> None:
+    ``key``: of the layer in the ``rank_pattern`` of ``config``, the adapter's, if it is known.
+    """
+
+    def __init__(self, module: Any, adapter: str, key: str = "", config: Any = None) -> None:
+        self._key, self._config = f"{key}.lora_E", config
         self._p: MutableMapping[str, Tensor] = module.lora_B
         self._lam: MutableMapping[str, Tensor] = module.lora_E
         self._q: MutableMapping[str, Tensor] = module.lora_A
@@ -83,6 +87,31 @@ class AdaLoraLayer:
     def q(self, factor: Tensor) -> None:
         self._q[self._adapter] = factor
 
+    def keep(self, mask: Tensor) -> Tensor:
+        """Return which components a smaller layer has: one of λ zero where nothing lives.
+
+        PEFT loads no layer without any.
+        """
+        if mask.any() or not len(mask):
+            return mask
+        first = mask.clone()
+        first[0] = True
+        return first
+
+    def record(self, mask: Tensor) -> None:
+        """Write to PEFT's config what is kept, by which it loads factors of this size."""
+        if self._config is None:
+            return
+        found = self._config.rank_pattern or {}
+        pattern = {key.removesuffix(f".{self._adapter}"): kept for key, kept in found.items()}
+        before = pattern.get(self._key, [])
+        # A layer that was smaller already has the components that were kept then.
+        kept = list(before) if sum(before) == len(mask) else [True] * len(mask)
+        places = [place for place, here in enumerate(kept) if here]
+        for place, here in zip(places, mask.tolist(), strict=True):
+            kept[place] = here
+        self._config.rank_pattern = pattern | {self._key: kept}
+
 
 def ranked_layers(model: nn.Module, adapter: str = "default") -> dict[str, RankedLayer]:
     """Return the ranked layers of a model by name, in model order.
@@ -99,17 +128,27 @@ def ranked_layers(model: nn.Module, adapter: str = "default") -> dict[str, Ranke
     ['1']
     """
     layers: dict[str, RankedLayer] = {}
+    keys, config = _peft_keys(model, adapter)
     for name, module in model.named_modules():
         if all(isinstance(getattr(module, role, None), Tensor) for role in ("p", "lam", "q")):
             layers[name] = module
         elif adapter in getattr(module, "lora_E", ()):
-            layers[name] = AdaLoraLayer(module, adapter)
+            layers[name] = AdaLoraLayer(module, adapter, keys.get(module, ""), config)
     if not layers:
         raise BudgetError(
             f"{type(model).__name__} has no ranked layers, expected modules with p, lam and q, or "
             f"PEFT's AdaLoRA layers with the adapter {adapter!r}; put the adapters on it first."
         )
     return layers
+
+
+def _peft_keys(model: Any, adapter: str) -> tuple[dict[nn.Module, str], Any]:
+    """Return the names by which PEFT's config knows modules, and that config, if there is one."""
+    config = (getattr(model, "peft_config", None) or {}).get(adapter)
+    inner = getattr(getattr(model, "base_model", model), "model", None)
+    if config is None or not isinstance(inner, nn.Module):
+        return {}, None
+    return {module: name for name, module in inner.named_modules()}, config
 
 
 @dataclass(frozen=True)
