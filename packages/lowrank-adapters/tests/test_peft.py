@@ -224,10 +224,25 @@ def test_earlier_export_comes_back_when_the_new_one_cannot_take_its_name(
             raise OSError("device or resource busy")
         return rename(path, target)
 
+    monkeypatch.setattr("lowrank_adapters.files._exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", fail_once)
     with pytest.raises(OSError, match="busy"):
         export_peft(layers, folder)
     assert contents(folder) == before
+    assert names_in(tmp_path) == ["adapter"]
+
+
+def test_an_earlier_exports_name_is_never_missing(kit, tmp_path, monkeypatch):
+    layers = svd_layers(kit, (3, 2))
+    folder = export_peft(layers, tmp_path / "adapter")
+    before = contents(folder)
+    layers["layers.0.q_proj"].lam.data.mul_(2)
+
+    def refuse(path, target):
+        raise AssertionError(f"{path} takes the name {target} in a step of its own")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert contents(export_peft(layers, folder)) != before
     assert names_in(tmp_path) == ["adapter"]
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from hyper_tune.provenance import start_record
 
 SERVER = Path(__file__).with_name("job_server.py")
 PATIENCE = 120.0
@@ -39,6 +42,11 @@ class Job:
             if end is None:
                 os.kill(process, signal.SIGKILL)
         self.wait()
+
+    def struck(self, rank: int = 0, number: int = 0) -> str:
+        """Return what a fault of a rank wrote when it struck, or nothing."""
+        mark = self.log / f"mark-{number}.{rank}"
+        return mark.read_text() if mark.exists() else ""
 
     def said(self, rank: int = 0) -> str:
         """Return what a process has written."""
@@ -83,13 +91,30 @@ class Jobs:
         faults: list[dict[str, Any]] | None = None,
         samples: Path | None = None,
     ) -> Job:
-        """Start a job; a fault's ``mark`` becomes ``MARK.RANK`` in the job's log folder."""
+        """Start a job of the packaged recipe; `struck` says whether a fault of it has struck."""
+        arguments = ["--config", str(config), f"output_dir={output}", *overrides]
+        return self._start(output, arguments, ranks, faults, samples, "recipe")
+
+    def call(self, function: str, output: Path, *arguments: str, ranks: int = 1) -> Job:
+        """Start a job that calls a function, MODULE:NAME of this folder."""
+        return self._start(output, [str(output), *arguments], ranks, None, None, function)
+
+    def _start(
+        self,
+        output: Path,
+        arguments: list[str],
+        ranks: int,
+        faults: list[dict[str, Any]] | None,
+        samples: Path | None,
+        function: str,
+    ) -> Job:
         self._count += 1
         log = self._folder / str(self._count)
         log.mkdir()
         struck = [{**fault, "mark": str(log / f"mark-{n}")} for n, fault in enumerate(faults or [])]
         job = {
-            "arguments": ["--config", str(config), f"output_dir={output}", *overrides],
+            "function": function,
+            "arguments": arguments,
             "ranks": ranks,
             "log": str(log),
             "faults": struck,
@@ -104,6 +129,47 @@ class Jobs:
         self._process.stdin.close()
         assert self._process.wait(PATIENCE) == 0
         self._process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def rounds() -> Callable[[int], int]:
+    """Return what makes a test's number of rounds of that in continuous integration."""
+    times = int(os.environ.get("HYPER_TUNE_ROUNDS", "1"))
+    return lambda few: few * times
+
+
+FIGURES: list[tuple[int, str, str]] = []
+
+
+@pytest.fixture(scope="session")
+def figure() -> Callable[[int, str, str], None]:
+    """Return what notes a measured figure: its number, what is claimed, what was found."""
+    return lambda number, claim, found: FIGURES.append((number, claim, found))
+
+
+def pytest_sessionfinish() -> None:
+    """Write the figures as a table, if a file for them is named."""
+    path = os.environ.get("HYPER_TUNE_RELIABILITY_REPORT")
+    if path is None or not FIGURES:
+        return
+    record = start_record(torch.device("cpu"))
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    rows = [f"| {number} | {claim} | {found} |" for number, claim, found in sorted(FIGURES)]
+    lines = [
+        "# Reliability",
+        "",
+        f"`nox -s reliability`, with the counts of continuous integration times "
+        f"{os.environ.get('HYPER_TUNE_ROUNDS', '1')}; each row is written by a test that passed. "
+        "What is claimed of times holds for processes on this machine.",
+        "",
+        f"{record['device']}, {record['platform']}, Python {record['python']}, {versions}; "
+        f"{record['time']}.",
+        "",
+        "| figure | claim | found |",
+        "|---|---|---|",
+        *rows,
+    ]
+    Path(path).write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ A script: reads one JSON request a line, and answers each by a line. ``start`` f
 of a job and answers with their ids; ``wait`` answers with how each has ended, and when.
 """
 
+import importlib
 import json
 import os
 import socket
@@ -35,8 +36,12 @@ def child(job: dict[str, Any], rank: int, port: int) -> NoReturn:
                 install({**fault, "mark": f"{fault['mark']}.{rank}"})
         if job["samples"]:
             log_samples(Path(f"{job['samples']}.{rank}"))
-        sys.argv = ["tune", *job["arguments"]]
-        cli.main()
+        if job["function"] == "recipe":
+            sys.argv = ["tune", *job["arguments"]]
+            cli.main()
+        module, _, name = job["function"].partition(":")
+        getattr(importlib.import_module(module), name)(*job["arguments"])
+        code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:

@@ -1,5 +1,6 @@
 """Files that are whole or not there: written aside and renamed, read without trust."""
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -43,18 +44,33 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         for path in (*temporary.iterdir(), temporary):
             sync(path)
-        if folder.exists():
+        if folder.exists() and not _exchange(temporary, folder):
             folder.rename(replaced)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(folder)
-            raise
+        if not folder.exists():
+            _rename_or_put_back(temporary, folder, replaced)
         sync(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_or_put_back(temporary: Path, folder: Path, replaced: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once, so that neither is ever missing; False where it cannot be."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    failed: int = rename(here, os.fsencode(one), here, os.fsencode(other), exchange)
+    return failed == 0
 
 
 def _aside(path: Path) -> Path:
