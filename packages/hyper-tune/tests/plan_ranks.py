@@ -56,7 +56,7 @@ def seen_of(config: str) -> dict[str, Any]:
         run.step += 1
         return {
             "losses": losses,
-            "length": len(run.data[0]["tokens"]),
+            "length": len(run.data.order.samples[0]["tokens"]),
             "base": sum(p.to_local().nbytes for p in base),
             "filled": collectives.filled,
             "working": allocated_at_most(run._optimize),

@@ -16,7 +16,7 @@ from torchtune.data import Message
 from transformers import AutoModelForCausalLM
 
 from hyper_tune.cli.main import main
-from hyper_tune.packaged import packaged_configs
+from hyper_tune.packaged import packaged_configs, packaged_data
 from hyper_tune.torchtune.components import build_tokenizer
 from hyper_tune.torchtune.trained import open_trained
 from rank_budget import rank_table
@@ -55,16 +55,20 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 def test_ls_lists_every_configuration_with_its_base(said: Callable[..., str]) -> None:
-    listed = [line.split() for line in said("ls").splitlines()]
+    listed, data = (
+        [line.split() for line in table.splitlines()] for table in said("ls").split("\n\n")
+    )
     assert listed[0] == ["recipe", "configuration", "base", "model"]
     assert listed[1][0] == "hyper-tune/hyperadalora_full"
     bases = {
         name: str(OmegaConf.load(path).base_model) for name, path in packaged_configs().items()
     }
     assert {line[-2]: line[-1] for line in listed[1:]} == bases
+    assert [line[0] for line in data[1:]] == [f"data={name}" for name in packaged_data()]
+    assert ["data=gsm8k", "openai/gsm8k"] in data
 
 
-@pytest.mark.parametrize("name", ["llama3_1_8b", "hyper-tune/hyperadalora_full"])
+@pytest.mark.parametrize("name", ["llama3_1_8b", "hyper-tune/hyperadalora_full", "data=gsm8k"])
 def test_cp_copies_and_overwrites_nothing_unasked(
     said: Callable[..., str], fails: Callable[..., str], tmp_path: Path, name: str
 ) -> None:
@@ -81,7 +85,7 @@ def test_cp_copies_and_overwrites_nothing_unasked(
     assert target.read_text() == text
     written = Path(said("cp", name, tmp_path).strip())
     assert written.parent == tmp_path
-    assert written.stem == name.rpartition("/")[2]
+    assert written.stem == re.split("[/=]", name)[-1]
     assert written.read_text() == text
     assert "is not a folder; make it first." in fails("cp", name, tmp_path / "no" / "mine")
 

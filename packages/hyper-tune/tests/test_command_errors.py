@@ -196,10 +196,20 @@ def test_a_damaged_file_of_the_base_is_named(
     ("overrides", "message"),
     [
         (
-            ["dataset.packed=True", "tokenizer.max_seq_len=64"],
-            "dataset.packed is set, but packed samples need a mask per document",
+            ["dataset.packed=True"],
+            "dataset.packed is set, and tokenizer.max_seq_len, the length of a pack, is None; ",
         ),
-        (["dataset.split=train[:0]"], "dataset: torchtune.datasets.chat_dataset cannot be built: "),
+        (
+            ["dataset.pakced=True", "~dataset.packed"],
+            "dataset has no key 'pakced'; did you mean 'packed'?",
+        ),
+        (
+            ["dataset.split=train[:0]"],
+            "dataset: torchtune.datasets.chat_dataset cannot be built: Ins",
+        ),
+        (["dataset.split=test"], "dataset: torchtune.datasets.chat_dataset cannot be built: Unk"),
+        (["dataset.field=rows"], "dataset: torchtune.datasets.chat_dataset cannot be built: "),
+        (["dataset.conversation_column=talk"], "column 'talk'; there are messages. Name the col"),
         ([], "dataset, sample 1: "),
     ],
 )

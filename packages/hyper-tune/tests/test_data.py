@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from hyper_tune.errors import UserError
+from hyper_tune.torchtune.batches import collate
 from hyper_tune.torchtune.components import build, build_tokenizer
-from hyper_tune.torchtune.data import FileDataset, collate
+from hyper_tune.torchtune.data import FileDataset
 
 GSM8K = Path(__file__).parent / "data" / "gsm8k.jsonl"
 QUESTION, ANSWER = "What is 2 + 2?", "4"
@@ -77,9 +78,10 @@ def test_padding_and_shift() -> None:
         {"tokens": [1, 2, 3], "labels": [-100, 2, 3]},
         {"tokens": [4, 5], "labels": [-100, 5]},
     ]
-    tokens, labels = collate(samples, 9, torch.device("cpu"))
-    assert tokens.tolist() == [[1, 2, 3], [4, 5, 9]]
-    assert labels.tolist() == [[2, 3, -100], [5, -100, -100]]
+    batch = collate(samples, 9, torch.device("cpu"))
+    assert batch.tokens.tolist() == [[1, 2, 3], [4, 5, 9]]
+    assert batch.places == {}
+    assert batch.labels.tolist() == [[2, 3, -100], [5, -100, -100]]
 
 
 def test_a_record_cut_before_its_answer_is_refused(tmp_path: Path, llama: dict[str, Any]) -> None:

@@ -167,6 +167,7 @@ def test_exact_match_counts_the_answers_that_are_repeated_up_to_a_stop_token(
 
 def test_peak_memory_is_in_mib(monkeypatch: pytest.MonkeyPatch) -> None:
     resident_mib = psutil.Process().memory_info().rss / 1024 / 1024
-    assert resident_mib <= peak_memory_mib(CPU) < 16 * resident_mib
+    # The kernel counts resident pages late, a few at a time.
+    assert resident_mib - 1 <= peak_memory_mib(CPU) < 16 * resident_mib
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * 1024 * 1024)
     assert peak_memory_mib(torch.device("cuda")) == 3.0

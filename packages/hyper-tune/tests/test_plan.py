@@ -75,7 +75,7 @@ def test_the_plan_is_within_a_fiftieth_of_what_a_real_step_takes(
     )
     settings = RecipeSettings.from_config(OmegaConf.load(config))
     with FineTuning(settings) as run:
-        length = {len(run.data[index]["tokens"]) for index in range(len(run.data))}
+        length = {len(run.data.order.samples[index]["tokens"]) for index in range(run.data.size)}
         assert len(length) == 1
         run._optimize()
         run.step += 1

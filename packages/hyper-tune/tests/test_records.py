@@ -226,12 +226,12 @@ def test_a_file_without_records(tmp_path: Path, text: str) -> None:
 
 def test_a_missing_file_lists_what_is_there(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    assert text_of(path) == f"{path} does not exist; no JSON file is in {tmp_path}."
+    assert text_of(path) == f"{path} does not exist; no data file is in {tmp_path}."
     write(tmp_path, PAIR, name="b.json")
     write(tmp_path, PAIR, name="a.jsonl")
     assert text_of(path) == f"{path} does not exist; {tmp_path} has a.jsonl, b.json."
     lost = tmp_path / "nowhere" / "x.json"
-    assert text_of(lost) == f"{lost} does not exist; no JSON file is in {lost.parent}."
+    assert text_of(lost) == f"{lost} does not exist; no data file is in {lost.parent}."
 
 
 @pytest.mark.parametrize("prefix", [b"\xef\xbb\xbf", b""])

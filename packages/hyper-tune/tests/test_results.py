@@ -44,7 +44,7 @@ def test_tokens_and_seconds_are_those_of_the_steps(
     started = time.perf_counter()
     with FineTuning(settings) as run:
         run.train()
-        labels = [run.data[index]["labels"] for index in range(22)]
+        labels = [run.data.order.samples[index]["labels"] for index in range(22)]
     elapsed = time.perf_counter() - started
 
     logged = rows(tmp_path / "run")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyper_tune.errors import UserError
-from hyper_tune.sampling import batch_indices, derive_seed, sample_at, total_steps
+from hyper_tune.sampling import batch_positions, derive_seed, sample_at, total_steps
 
 SIZES = st.integers(1, 40)
 
@@ -99,16 +99,12 @@ def flat(lists: list[list[Any]]) -> list[Any]:
 
 
 def batches(step: int, batch: int, accumulation: int, world: int, rank: int) -> list[list[int]]:
-    return batch_indices(
-        step,
-        dataset_size=11,
-        batch_size=batch,
-        accumulation=accumulation,
-        world_size=world,
-        rank=rank,
-        seed=5,
-        shuffle=True,
+    positions = batch_positions(
+        step, batch_size=batch, accumulation=accumulation, world_size=world, rank=rank
     )
+    return [
+        [sample_at(p, dataset_size=11, seed=5, shuffle=True) for p in part] for part in positions
+    ]
 
 
 @settings(deadline=None)
@@ -168,4 +164,13 @@ def test_too_few_samples_are_refused_with_the_remedy() -> None:
     assert str(caught.value) == (
         "2 epoch(s) of 3 samples are fewer than one step takes (8); lower batch_size or "
         "gradient_accumulation_steps, or raise epochs."
+    )
+
+
+def test_a_stream_needs_its_number_of_steps() -> None:
+    assert total_steps(None, 8, epochs=3, max_steps=5) == 5
+    with pytest.raises(UserError) as caught:
+        total_steps(None, 8, epochs=3, max_steps=None)
+    assert str(caught.value) == (
+        "dataset is a stream, whose end is not known before; set max_steps."
     )

@@ -70,7 +70,7 @@ def test_dtype_is_the_bases_and_no_others(
         assert torch.equal(run.model.tok_embeddings.weight, embeddings)
         assert {p.dtype for p in run.method.parameters()} == {torch.float32}
         assert {p.dtype for p in run.method.stack.leaf_parameters()} == {torch.float32}
-        sample = run.data[0]
+        sample = run.data.order.samples[0]
         with torch.no_grad():
             logits = torch.cat(run.model(torch.tensor([sample["tokens"]])), dim=1)[0]
         assert logits.dtype == expected

@@ -1,12 +1,15 @@
-"""The recipes and configurations that the package ships, by name."""
+"""The recipes, configurations and data sets that the package ships, by name."""
 
 import difflib
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from hyper_tune.checks import known_fields
 from hyper_tune.errors import UserError
+from hyper_tune.overrides import apply_overrides
 
 _RECIPES = "hyper-tune"
 
@@ -32,13 +35,26 @@ def packaged_recipes() -> dict[str, Path]:
     return {f"{_RECIPES}/{path.stem}": path for path in paths}
 
 
+def packaged_data() -> dict[str, Path]:
+    """Return the data sets that ``data=NAME`` means, by name.
+
+    >>> "gsm8k" in packaged_data()
+    True
+    """
+    folder = Path(str(resources.files("hyper_tune") / "configs" / "data"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def find_config(name: str) -> Path:
     """Return the file that ``--config`` means: a packaged name, or a path.
 
     Raises:
         UserError: neither; the packaged names and the nearest one are listed.
     """
-    packaged = packaged_configs()
+    return _find("--config", name, packaged_configs())
+
+
+def _find(option: str, name: str, packaged: Mapping[str, Path]) -> Path:
     if name in packaged:
         return packaged[name]
     if Path(name).is_file():
@@ -46,9 +62,46 @@ def find_config(name: str) -> Path:
     near = difflib.get_close_matches(name, packaged, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise UserError(
-        f"--config {name} is neither a file nor a configuration of this package, which has "
+        f"{option} {name} is neither a file nor "
+        f"{'a configuration' if option == '--config' else 'a data set'} of this package, which has "
         f"{', '.join(packaged)}.{hint}"
     )
+
+
+DATA_KEYS = ("dataset", "dataset_val", "validation_fraction", "exact_match", "data_dir")
+
+
+def read_configuration(
+    name: str, words: Sequence[str], components: Collection[str] = ()
+) -> DictConfig:
+    """Return the configuration ``name`` with the data set and the overrides of the command line.
+
+    The word ``data=NAME``, wherever it is, puts a packaged data set or a file of one in the place
+    of the `DATA_KEYS`, before the other words change what is there; see `apply_overrides`.
+
+    Raises:
+        UserError: no such configuration or data set, a file that is not YAML, or an override that
+            cannot be.
+    """
+    config = read_config(find_config(name))
+    chosen = [word.removeprefix("data=") for word in words if word.startswith("data=")]
+    if chosen:
+        _set_data(config, chosen[-1])
+    rest = [word for word in words if not word.startswith("data=")]
+    return apply_overrides(config, rest, components)
+
+
+def _set_data(config: DictConfig, name: str) -> None:
+    path = _find("data", name, packaged_data())
+    data = read_config(path)
+    known_fields(f"data={name}", {str(key): None for key in data}, set(DATA_KEYS))
+    if "dataset" not in data:
+        raise UserError(f"data={name}: {path} has no section dataset.")
+    for key in DATA_KEYS:
+        if key in data:
+            config[key] = data._get_node(key)
+        elif key != "data_dir":
+            config.pop(key, None)
 
 
 def read_config(path: Path) -> DictConfig:

@@ -1,4 +1,4 @@
-"""Local files of conversations: question/answer, Alpaca and chat records, as JSON or JSON lines."""
+"""Records of conversations: question/answer, Alpaca and chat, as read from a file or a stream."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hyper_tune.errors import UserError
+from hyper_tune.tables import read_csv, read_parquet
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Conversation:
     turns: tuple[Turn, ...]
     line: int
 
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 _ROLES = {
     "system": "system",
@@ -100,57 +103,104 @@ _FORMATS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], list[Turn]]]] = 
 
 
 def read_records(path: Path, format: str = "auto") -> list[Conversation]:  # noqa: A002
-    """Read every record of a ``.jsonl`` or ``.json`` file.
+    """Read every record of a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file.
 
     ``format``: "question_answer" (``question``, ``answer``), "alpaca" (``instruction``, ``input``,
     ``output``), "chat" (``messages`` of ``role`` and ``content``, or ``conversations`` of ``from``
     and ``value``), or "auto", which tells by the keys of the first record.
 
     Raises:
-        UserError: a file that is missing, empty or not JSON, or a record that does not fit; file
-            and line are named.
+        UserError: a file that is missing, empty or of another kind, or a record that does not fit;
+            file and line are named, of parquet the row.
     """
-    if format not in ("auto", *_FORMATS):
-        raise UserError(f"format is {format!r}, but must be auto, {', '.join(_FORMATS)}.")
+    check_format(format)
     conversations: list[Conversation] = []
     for line, record in _objects(path):
+        where = f"{path}:{line}"
         if format == "auto":
-            format = _detect(path, line, record)  # noqa: A001
-        try:
-            turns = _FORMATS[format][1](record)
-            if turns[-1].role != "assistant":
-                raise _RecordError(f"the last turn is the {turns[-1].role}'s, not the assistant's")
-        except _RecordError as error:
-            raise UserError(f"{path}:{line}: {error} (read as {format}).") from error
-        conversations.append(Conversation(tuple(turns), line))
+            format = detect_format(where, record)  # noqa: A001
+        conversations.append(Conversation(read_turns(where, record, format), line))
     if not conversations:
         raise UserError(f"{path} holds no records.")
     return conversations
 
 
-def _detect(path: Path, line: int, record: Mapping[str, Any]) -> str:
+def check_format(format: str) -> None:  # noqa: A002
+    """Refuse a format that there is not.
+
+    >>> check_format("auto")
+    """
+    if format not in ("auto", *_FORMATS):
+        raise UserError(f"format is {format!r}, but must be auto, {', '.join(_FORMATS)}.")
+
+
+def read_turns(
+    where: str,
+    record: Mapping[str, Any],
+    format: str,  # noqa: A002
+) -> tuple[Turn, ...]:
+    """Return the turns of one record, the last by the assistant.
+
+    Raises:
+        UserError: the record is not of that format; ``where`` is named.
+
+    >>> read_turns("row 1", {"question": "2 + 2?", "answer": "4"}, "question_answer")[1]
+    Turn(role='assistant', content='4')
+    """
+    try:
+        turns = _FORMATS[format][1](record)
+        if turns[-1].role != "assistant":
+            raise _RecordError(f"the last turn is the {turns[-1].role}'s, not the assistant's")
+    except _RecordError as error:
+        raise UserError(f"{where}: {error} (read as {format}).") from error
+    return tuple(turns)
+
+
+def detect_format(where: str, record: Mapping[str, Any]) -> str:
+    """Tell the format of a record by its keys.
+
+    Raises:
+        UserError: no format has them.
+    """
     for name, (key, _) in _FORMATS.items():
         if key in record or (name == "chat" and "conversations" in record):
             return name
     raise UserError(
-        f"{path}:{line}: no known format has the keys {', '.join(sorted(record)) or '(none)'}; "
+        f"{where}: no known format has the keys {', '.join(sorted(record)) or '(none)'}; "
         "expected question and answer, instruction and output, or messages."
     )
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, value in _values(path, _read_text(path)):
+    if path.suffix == ".parquet":
+        _refuse_missing(path)
+        yield from read_parquet(path)
+        return
+    text = _read_text(path)
+    if path.suffix == ".csv":
+        yield from read_csv(path, text)
+        return
+    for line, value in _values(path, text):
         if not isinstance(value, dict):
             raise UserError(f"{path}:{line}: expected an object, got {type(value).__name__}.")
         yield line, value
 
 
-def _read_text(path: Path) -> str:
+def data_files(folder: Path) -> list[Path]:
+    """Return the files of records in a folder, by name; of its subfolders none."""
+    return sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES)
+
+
+def _refuse_missing(path: Path) -> None:
     if not path.is_file():
         folder = path.parent
-        there = sorted(p.name for p in folder.glob("*.json*")) if folder.is_dir() else []
-        what = f"{folder} has {', '.join(there)}" if there else f"no JSON file is in {folder}"
+        there = [p.name for p in data_files(folder)] if folder.is_dir() else []
+        what = f"{folder} has {', '.join(there)}" if there else f"no data file is in {folder}"
         raise UserError(f"{path} does not exist; {what}.")
+
+
+def _read_text(path: Path) -> str:
+    _refuse_missing(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -37,46 +37,42 @@ def sample_at(position: int, *, dataset_size: int, seed: int, shuffle: bool) -> 
     return _permutation(seed, epoch, dataset_size)[offset] if shuffle else offset
 
 
-def batch_indices(
-    step: int,
-    *,
-    dataset_size: int,
-    batch_size: int,
-    accumulation: int,
-    world_size: int,
-    rank: int,
-    seed: int,
-    shuffle: bool,
-) -> list[list[int]]:
-    """Return the micro-batches of one rank at one optimizer step (counted from 0).
+def batch_positions(
+    step: int, *, batch_size: int, accumulation: int, world_size: int, rank: int
+) -> list[range]:
+    """Return where in the stream the micro-batches of one rank are at one step (from 0).
 
     A step takes the next ``batch_size * accumulation * world_size`` positions of the stream; any
     split of the same number covers the same samples.
 
-    >>> batch_indices(1, dataset_size=9, batch_size=2, accumulation=2, world_size=1, rank=0,
-    ...               seed=0, shuffle=False)
-    [[4, 5], [6, 7]]
+    >>> batch_positions(1, batch_size=2, accumulation=2, world_size=2, rank=1)
+    [range(10, 12), range(14, 16)]
     """
     start = step * batch_size * accumulation * world_size
     return [
-        [
-            sample_at(first + offset, dataset_size=dataset_size, seed=seed, shuffle=shuffle)
-            for offset in range(batch_size)
-        ]
+        range(first, first + batch_size)
         for micro_batch in range(accumulation)
         for first in [start + (micro_batch * world_size + rank) * batch_size]
     ]
 
 
-def total_steps(dataset_size: int, global_batch: int, epochs: int, max_steps: int | None) -> int:
+def total_steps(
+    dataset_size: int | None, global_batch: int, epochs: int, max_steps: int | None
+) -> int:
     """Return the optimizer steps of a run: the whole batches in ``epochs``, at most ``max_steps``.
 
+    ``dataset_size``: None of a stream, whose run ``max_steps`` alone ends.
+
     Raises:
-        UserError: there are fewer samples than one step takes.
+        UserError: there are fewer samples than one step takes, or a stream without ``max_steps``.
 
     >>> total_steps(100, 8, epochs=2, max_steps=None)
     25
     """
+    if dataset_size is None:
+        if max_steps is None:
+            raise UserError("dataset is a stream, whose end is not known before; set max_steps.")
+        return max_steps
     steps = epochs * dataset_size // global_batch
     if steps < 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""`hyper-tune cp`: a packaged recipe or configuration as a file of one's own."""
+"""`hyper-tune cp`: a packaged recipe, configuration or data set as a file of one's own."""
 
 import difflib
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from hyper_tune.durable import write_text
 from hyper_tune.errors import UserError
-from hyper_tune.packaged import packaged_configs, packaged_recipes
+from hyper_tune.packaged import packaged_configs, packaged_data, packaged_recipes
 
 
 def cp(
@@ -17,8 +17,9 @@ def cp(
     *,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Copy a recipe or configuration, to change it."""
-    there = packaged_recipes() | packaged_configs()
+    """Copy a recipe, a configuration or a data set (data=NAME), to change it."""
+    data = {f"data={key}": path for key, path in packaged_data().items()}
+    there = packaged_recipes() | packaged_configs() | data
     if name not in there:
         near = difflib.get_close_matches(name, there, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""

@@ -7,8 +7,7 @@ import typer
 
 from hyper_tune.cli.table import print_table
 from hyper_tune.layout import BaseLayout
-from hyper_tune.overrides import apply_overrides
-from hyper_tune.packaged import find_config, read_config
+from hyper_tune.packaged import read_configuration
 from hyper_tune.plan import USABLE, Rehearsal, gpu_bytes
 
 DOES_NOT_FIT = 1
@@ -33,11 +32,10 @@ def plan(
 ) -> None:
     """Print parameters, memory per GPU by part and communication of a step; status 1: no fit."""
     memory_of_gpu = None if gpu is None else gpu_bytes(gpu)
-    loaded = read_config(find_config(config))
     from hyper_tune.torchtune.rehearsal import longest_sample, rehearse
     from hyper_tune.torchtune.settings import COMPONENTS, RecipeSettings
 
-    chosen = apply_overrides(loaded, overrides or [], COMPONENTS)
+    chosen = read_configuration(config, overrides or [], COMPONENTS)
     settings = RecipeSettings.from_config(chosen)
     shard, replicate = settings.data_parallel_shard_dim, settings.data_parallel_replicate_dim
     layout = BaseLayout.of(nproc, shard, replicate)

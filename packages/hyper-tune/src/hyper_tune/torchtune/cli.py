@@ -20,8 +20,7 @@ from hyper_tune.errors import (
     StoppedError,
     UserError,
 )
-from hyper_tune.overrides import apply_overrides
-from hyper_tune.packaged import find_config, read_config
+from hyper_tune.packaged import read_configuration
 from hyper_tune.torchtune.fine_tune import fine_tune
 from hyper_tune.torchtune.results import say
 from hyper_tune.torchtune.settings import COMPONENTS
@@ -48,9 +47,8 @@ def configuration(arguments: Sequence[str]) -> DictConfig:
     if "--config" not in arguments[:-1]:
         raise UserError("--config is missing; give the name of a configuration or a file.")
     position = arguments.index("--config")
-    loaded = read_config(find_config(arguments[position + 1]))
     words = [*arguments[:position], *arguments[position + 2 :]]
-    return apply_overrides(loaded, words, COMPONENTS)
+    return read_configuration(arguments[position + 1], words, COMPONENTS)
 
 
 def _run(config: DictConfig) -> int:

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -31,6 +32,21 @@ def build(section: str, component: Component, *arguments: Any, **overrides: Any)
         reason = " ".join((repr(error) if isinstance(error, KeyError) else str(error)).split())
         hint = _nearest_argument(component, reason)
         raise UserError(f"{section}: {name} cannot be built: {reason}{hint}") from error
+
+
+def find_component(section: str, component: Component) -> Callable[..., Any]:
+    """Return what ``component["_component_"]`` names.
+
+    Raises:
+        UserError: there is nothing of that name; ``section`` is named.
+    """
+    name = component["_component_"]
+    try:
+        found: Callable[..., Any] = _get_component_from_path(name)
+    except (InstantiationError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{section}: {name} cannot be built: {reason}") from error
+    return found
 
 
 def _nearest_argument(component: Component, reason: str) -> str:

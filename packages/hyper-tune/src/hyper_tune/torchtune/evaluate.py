@@ -13,8 +13,9 @@ from tqdm import tqdm
 from hyper_tune.errors import UserError
 from hyper_tune.parallel import rank, sum_over_ranks_, world_size
 from hyper_tune.records import read_records
-from hyper_tune.torchtune.data import Samples, collate, messages, refuse_unknown_token
-from hyper_tune.torchtune.loss import IGNORE_INDEX, cross_entropy_sum
+from hyper_tune.torchtune.batches import collate
+from hyper_tune.torchtune.data import messages, refuse_unknown_token
+from hyper_tune.torchtune.samples import Samples
 
 
 def _shares(count: int, batch_size: int) -> Iterator[tuple[list[int], bool]]:
@@ -42,10 +43,10 @@ def held_out_loss(
     model.eval()
     batches = list(_shares(len(samples), batch_size))
     for positions, counts in tqdm(batches, "held-out loss", delay=5, leave=False):
-        tokens, labels = collate([samples[i] for i in positions], pad_id, device)
-        loss = cross_entropy_sum(model(tokens), labels)
+        batch = collate([samples[i] for i in positions], pad_id, device)
+        loss = batch.loss_sum(batch.logits(model))
         if counts:
-            totals += torch.stack([loss.double(), (labels != IGNORE_INDEX).sum().double()])
+            totals += torch.stack([loss.double(), batch.label_count().double()])
     model.train(was_training)
     loss_sum, count = sum_over_ranks_(totals).tolist()
     return float(loss_sum / count)
@@ -72,7 +73,9 @@ class Questions:
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
         self._conversations = read_records(Path(path), format)
-        self._prompts = [prompt_tokens(tokenizer, messages(c)[:-1]) for c in self._conversations]
+        self._prompts = [
+            prompt_tokens(tokenizer, messages(c.turns)[:-1]) for c in self._conversations
+        ]
 
     def refuse_unfit(self, limit: int, vocabulary: int) -> None:
         """Compare with a model that reads ``limit`` tokens of a ``vocabulary``.

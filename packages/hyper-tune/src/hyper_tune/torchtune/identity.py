@@ -8,7 +8,7 @@ from typing import Any
 from hyper_tune.errors import UserError
 from hyper_tune.parallel import world_size
 from hyper_tune.torchtune.base_model import base_digest
-from hyper_tune.torchtune.data import FileDataset, Samples
+from hyper_tune.torchtune.samples import TrainingData
 from hyper_tune.torchtune.settings import RecipeSettings
 
 _WORDS = {
@@ -20,18 +20,19 @@ _WORDS = {
 }
 
 
-def run_identity(settings: RecipeSettings, data: Samples, total_steps: int) -> dict[str, Any]:
+def run_identity(settings: RecipeSettings, data: TrainingData, total_steps: int) -> dict[str, Any]:
     """Return every setting by which a step differs, and digests of base and data, as plain values.
 
     The data of a file are digested as tokens, wherever the file is; of other data sets the
-    settings and the number of samples are all that is compared.
+    settings and the number of samples are all that is compared: see `TrainingData`.
     """
     identity = {
         "method": asdict(settings.method),
         "model": settings.model,
         "base": base_digest(settings),
-        "dataset": data.digest() if isinstance(data, FileDataset) else settings.dataset,
-        "samples": len(data),
+        "dataset": data.content,
+        "validation_fraction": settings.validation_fraction,
+        "samples": data.size,
         "seed": settings.seed,
         "shuffle": settings.shuffle,
         "batch_size": settings.batch_size,

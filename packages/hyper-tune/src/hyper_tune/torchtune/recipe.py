@@ -16,7 +16,7 @@ from hyper_tune.errors import StoppedError, UserError
 from hyper_tune.peers import Peers
 from hyper_tune.rank_agreement import refuse_disagreement, replicated_tensors
 from hyper_tune.run_folder import RunFolder
-from hyper_tune.sampling import batch_indices, derive_seed, total_steps
+from hyper_tune.sampling import batch_positions, derive_seed, total_steps
 from hyper_tune.step import StepReport
 from hyper_tune.stop_request import StopRequest
 from hyper_tune.torchtune.base_model import (
@@ -26,12 +26,12 @@ from hyper_tune.torchtune.base_model import (
     load_,
     prepare_,
 )
+from hyper_tune.torchtune.batches import collate
 from hyper_tune.torchtune.components import build, build_tokenizer
-from hyper_tune.torchtune.data import Samples, collate, open_dataset
 from hyper_tune.torchtune.evaluate import Questions, held_out_loss, peak_memory_mib
 from hyper_tune.torchtune.identity import run_identity
-from hyper_tune.torchtune.loss import IGNORE_INDEX, cross_entropy_sum
 from hyper_tune.torchtune.results import progress_text, say, step_row, write_results
+from hyper_tune.torchtune.samples import Samples, open_training_data
 from hyper_tune.torchtune.saved_state import restore_, state_of
 from hyper_tune.torchtune.settings import RecipeSettings
 
@@ -80,7 +80,7 @@ class FineTuning:
         model = build_on_meta(settings)
         self._open_data(limit=model.max_seq_len, vocabulary=model.tok_embeddings.num_embeddings)
         self.total_steps = total_steps(
-            len(self.data), self._global_batch, settings.epochs, settings.max_steps
+            self.data.size, self._global_batch, settings.epochs, settings.max_steps
         )
         self.identity = run_identity(settings, self.data, self.total_steps)
         torch.manual_seed(derive_seed(settings.seed, "start"))
@@ -131,16 +131,12 @@ class FineTuning:
 
     def _open_data(self, **model: int) -> None:
         settings = self.settings
-        self.data = open_dataset("dataset", settings.dataset, self.tokenizer, **model)
-        self.held_out: Samples | None = None
-        if settings.dataset_val is not None:
-            component = settings.dataset_val
-            self.held_out = open_dataset("dataset_val", component, self.tokenizer, **model)
+        self.data = open_training_data(settings, self.tokenizer, **model)
         self.questions: Questions | None = None
         if settings.exact_match is not None:
             self.questions = Questions(self.tokenizer, **settings.exact_match)
             self.questions.refuse_unfit(**model)
-        if settings.validate_every_n_steps is not None and self.held_out is None:
+        if settings.validate_every_n_steps is not None and self.data.held_out is None:
             warnings.warn(
                 "validate_every_n_steps is set, but dataset_val is null; nothing is validated.",
                 stacklevel=1,
@@ -196,9 +192,9 @@ class FineTuning:
             refuse_disagreement(replicated, f"after step {self.step}")
         row = step_row(self.step, report, lr, seconds, peak_memory_mib(self.device))
         validates = self._every(self.settings.validate_every_n_steps) and not report.stop_requested
-        if self.held_out is not None and validates:
+        if self.data.held_out is not None and validates:
             self.method.write_factors_()
-            row["validation_loss"] = self._held_out_loss(self.held_out)
+            row["validation_loss"] = self._held_out_loss(self.data.held_out)
         if parallel.rank() == 0:
             self.folder.metrics.append(row)
         self._count_skipped(report)
@@ -218,27 +214,23 @@ class FineTuning:
         settings = self.settings
         rank, world = parallel.rank(), parallel.world_size()
         torch.manual_seed(derive_seed(settings.seed, "step", self.step, rank))
-        batches = batch_indices(
+        batches = batch_positions(
             self.step,
-            dataset_size=len(self.data),
             batch_size=settings.batch_size,
             accumulation=settings.gradient_accumulation_steps,
             world_size=world,
             rank=rank,
-            seed=settings.seed,
-            shuffle=settings.shuffle,
         )
         self.model.train()
         with self.method.step(
             self.optimizer, settings.clip_grad_norm, lambda: self._stop.requested
         ) as step:
-            for indices in batches:
-                samples = [self.data[index] for index in indices]
-                tokens, labels = collate(samples, self.tokenizer.pad_id, self.device)
+            for positions in batches:
+                samples = [self.data.order.at(position) for position in positions]
+                batch = collate(samples, self.tokenizer.pad_id, self.device)
                 with self.offloading:
-                    logits = self.model(tokens)
-                loss = cross_entropy_sum(logits, labels)
-                step.backward(loss, (labels != IGNORE_INDEX).sum())
+                    logits = batch.logits(self.model)
+                step.backward(batch.loss_sum(logits), batch.label_count())
         return step.report
 
     def _every(self, interval: int | None) -> bool:
@@ -279,8 +271,8 @@ class FineTuning:
         """Return held-out loss and exact match, as far as the settings name data for them."""
         self.method.write_factors_()
         figures = {}
-        if self.held_out is not None:
-            figures["loss"] = self._held_out_loss(self.held_out)
+        if self.data.held_out is not None:
+            figures["loss"] = self._held_out_loss(self.data.held_out)
         if self.questions is not None:
             figures["exact_match"] = self.questions.exact_match(
                 self.model, batch_size=self.settings.batch_size, device=self.device

@@ -61,6 +61,7 @@ class RecipeSettings:
     method: MethodConfig
     base_model: str | None = None
     dataset_val: Component | None = None
+    validation_fraction: float | None = None
     exact_match: Component | None = None
     seed: int = 0
     shuffle: bool = True
@@ -128,6 +129,12 @@ class RecipeSettings:
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), whole=True, least=1)
         require_number("collective_timeout_seconds", self.collective_timeout_seconds, above=0)
+        if self.validation_fraction is not None:
+            require_number("validation_fraction", self.validation_fraction, above=0, most=0.5)
+            if self.dataset_val is not None:
+                raise UserError(
+                    "validation_fraction and dataset_val are both set; leave one of them null."
+                )
         if self.clip_grad_norm is not None:
             require_number("clip_grad_norm", self.clip_grad_norm, above=0)
 
