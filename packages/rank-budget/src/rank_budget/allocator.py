@@ -10,7 +10,7 @@ from rank_budget.budget_plan import Direction, Plan, costs_of
 from rank_budget.costs import Cost, cost_named
 from rank_budget.errors import BudgetError
 from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices
-from rank_budget.layout import Limits, layout_of
+from rank_budget.layout import Limits, layout_of, limits_given
 from rank_budget.record import Allocation, history_from, history_state, stats_of
 from rank_budget.roster import roster_of
 from rank_budget.saved import check_state, described, made_with
@@ -82,7 +82,7 @@ class RankAllocator:
     ) -> None:
         if missing not in ("refuse", "skip"):
             raise BudgetError(f"missing is {missing!r}, expected refuse or skip.")
-        method, limits = score_named(score), limits or Limits()
+        method, limits = score_named(score), limits_given(limits)
         roster = roster_of(layers, factors, method.roles, limits)
         limits.check(list(roster.ranks))
         costs = costs_of(roster, cost_named(cost))
