@@ -152,7 +152,7 @@ def test_a_read_of_a_step_that_was_not_taken_leaves_no_trace(kit):
     allocator.skip()
     after = allocator.state_dict()
     assert (before.pop("skipped"), after.pop("skipped")) == (0, 1)
-    before["history"].pop("stats"), after["history"].pop("stats")
+    assert before.pop("history")["steps"] == after.pop("history")["steps"] == []
     assert {k: after[k] for k in before} == before
 
 

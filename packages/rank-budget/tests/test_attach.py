@@ -61,6 +61,28 @@ def test_attached_is_score_before_and_step_after(kit):
     assert allocator.steps == 12  # taken off at the end of the block
 
 
+def test_an_optimizer_of_other_parameters_is_refused(kit):
+    layers, allocator, _ = build(kit)
+    other = torch.optim.SGD([layers["a"].lam, layers["b"].p], lr=0.1)
+    assert kit.error_text(attach_, allocator, other) == (
+        "the optimizer holds λ of 1 of 2 layers, but not of b; attach to the optimizer that has "
+        "the layers' parameters."
+    )
+    assert not allocator.attached
+    layers["b"].lam.requires_grad_(False)  # frozen: no optimizer has it
+    with attach_(allocator, other):
+        assert allocator.attached
+
+
+def test_stacks_may_be_of_any_parameters(kit):
+    matrices = kit.group(["a", "b"])
+    allocator = RankAllocator([matrices], FixedPruning(6, 3, 1, 1))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    with attach_(allocator, optimizer):
+        optimizer.step()
+    assert allocator.live_ranks == 5
+
+
 def test_a_step_that_is_not_finite_leaves_everything_but_the_count_of_skips(kit):
     layers, allocator, optimizer = build(kit)
     attach_(allocator, optimizer)

@@ -256,10 +256,10 @@ def test_a_schedule_for_more_matrices_ends_at_the_same_step(schedule, end):
         (lambda: FixedPruning(4, 2, 1, 2.5), "interval is 2.5, but must be a whole number."),
         (lambda: FixedPruning(True, 1, 1), "initial is True, but must be a whole number."),
         (lambda: FixedGrowth(2, 4, 0.5), "count is 0.5, but must be a whole number."),
-        (lambda: ConstantBudget("4"), "initial is 4, but must be a whole number."),
+        (lambda: ConstantBudget("4"), "initial is '4', but must be a whole number."),
         (lambda: OneShot(4, None, 1), "final is None, but must be a whole number."),
         (lambda: CubicBudget(4, 2, 10.0), "total_steps is 10.0, but must be a whole number."),
-        (lambda: CubicBudget(4, 2, warmup="1"), "warmup is 1, but must be a whole number."),
+        (lambda: CubicBudget(4, 2, warmup="1"), "warmup is '1', but must be a whole number."),
         (
             lambda: CubicBudget(4, 2, warmup=0.7, cooldown=0.6),
             "cooldown is 0.6, but with warmup = 0.7 must be below 1.0.",

@@ -47,6 +47,13 @@ def make(direction, layers):
     return RankAllocator(layers, schedule, score=score, direction=direction)
 
 
+def assert_same_state(one, two):
+    for field in ("matrices", "made_with"):
+        assert one.pop(field) == two.pop(field)
+    assert one["score"].pop("of", None) == two["score"].pop("of", None)
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
 def run(allocator, layers, steps):
     seen = []
     for step in steps:
@@ -88,10 +95,7 @@ def test_a_resumed_run_allocates_identically(direction, at):
     assert found == expected
     assert second.history == whole.history
     torch.testing.assert_close(second.importance(), whole.importance(), rtol=0, atol=0)
-    one, two = second.state_dict(), whole.state_dict()
-    assert one.pop("matrices") == two.pop("matrices")
-    assert one["score"].pop("of", None) == two["score"].pop("of", None)
-    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert_same_state(second.state_dict(), whole.state_dict())
 
 
 def fresh(seed, masked):
@@ -159,6 +163,7 @@ def test_the_state_is_what_changes_the_next_step():
         "skipped": int,
         "budget": int,
         "matrices": list,
+        "made_with": dict,
         "alive": torch.Tensor,
         "changed": torch.Tensor,
         "importance": torch.Tensor,
@@ -243,7 +248,7 @@ def test_a_state_of_other_matrices_is_refused_and_changes_nothing(kit):
     state = make("prune", layers_of()).state_dict()
     state["alive"] = state["alive"][:3]
     assert kit.error_text(allocator.load_state_dict, state) == (
-        "the saved masks have 3 components, but the matrices have 7; the state is damaged."
+        "the saved alive is torch.bool (3,), expected torch.bool (7,); the state is damaged."
     )
     state = make("prune", layers_of()).state_dict()
     state["alive"] = state["alive"].logical_not()
@@ -254,26 +259,151 @@ def test_a_state_of_other_matrices_is_refused_and_changes_nothing(kit):
     assert allocator.steps == 3
 
 
-@pytest.mark.parametrize(
-    ("saved", "here", "text"),
-    [
-        (
-            "sensitivity",
-            SmoothedSensitivity(),
-            "nothing, but this one of, sensitivity, uncertainty",
-        ),
-        (SmoothedSensitivity(), "magnitude", "of, sensitivity, uncertainty, but this one nothing"),
-        (NormShare(), SmoothedSensitivity(), "share, but this one of, sensitivity, uncertainty"),
-        ("sensitivity", NormShare(), "nothing, but this one share"),
-    ],
-)
-def test_a_state_of_another_score_is_refused(kit, saved, here, text):
-    one, two = (
-        RankAllocator(layers_of(), FixedPruning(7, 2, 1, 1), score=score) for score in (saved, here)
-    )
+MADE = {
+    "schedule": (
+        {"schedule": FixedPruning(7, 3, 1, 1)},
+        "FixedPruning(initial=7, budget=2, count=1, interval=1)",
+        "FixedPruning(initial=7, budget=3, count=1, interval=1)",
+    ),
+    "total": (
+        {"schedule": CubicBudget(7, 2, 30)},
+        "FixedPruning(initial=7, budget=2, count=1, interval=1)",
+        "CubicBudget(initial=7, final=2, total_steps=30, warmup=0, cooldown=0, interval=1)",
+    ),
+    "score": (
+        {"score": SmoothedSensitivity()},
+        "sensitivity",
+        "SmoothedSensitivity(beta1=0.85, beta2=0.85)",
+    ),
+    "share": (
+        {"score": NormShare(0.5)},
+        "sensitivity",
+        "NormShare(beta=0.5)",
+    ),
+    "direction": ({"direction": "regrow"}, "prune", "regrow"),
+    "limits": (
+        {"limits": Limits(floors={"a": 1})},
+        "Limits(floors={}, ceilings={}, groups=())",
+        "Limits(floors={'a': 1}, ceilings={}, groups=())",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(MADE))
+def test_a_state_of_an_allocator_made_otherwise_is_refused(kit, case):
+    schedule = FixedPruning(7, 2, 1, 1)
+    one = RankAllocator(layers_of(), schedule)
+    options, before, now = MADE[case]
+    two = RankAllocator(layers_of(), **{"schedule": schedule} | options)
+    field = {"total": "schedule", "share": "score"}.get(case, case)
     assert kit.error_text(two.load_state_dict, one.state_dict()) == (
-        f"the saved score keeps {text}; make the allocator with the score that it was saved with."
+        f"the saved state was made with the {field} {before}, but here it is {now}; make the "
+        "allocator as it was made then."
     )
+
+
+def cut(*path):
+    """Take out what is at a path in a state."""
+
+    def change(state):
+        for key in path[:-1]:
+            state = state[key]
+        del state[path[-1]]
+
+    return change
+
+
+def put(value, *path):
+    """Put a value at a path in a state."""
+
+    def change(state):
+        for key in path[:-1]:
+            state = state[key]
+        state[path[-1]] = value
+
+    return change
+
+
+FAULTS = {
+    "incomplete": (cut("alive"), "the saved state lacks alive, expected what state_dict"),
+    "foreign": (put(1, "model"), "the saved state has model, expected what state_dict"),
+    "steps": (put("3", "steps"), "the saved steps is a str, expected a whole number, 0 or more"),
+    "changed": (put(torch.zeros(7), "changed"), "changed is torch.float32 (7,), expected torch."),
+    "importance": (put([0.0], "importance"), "importance is a list, expected a tensor (7,)"),
+    "history": (cut("history", "stats"), "the saved history is a dict, expected a mapping of"),
+    "budgets": (put([], "history", "budgets"), "the saved budgets is a list, expected 2 of them"),
+    "stats": (put(torch.zeros(1, 4), "history", "stats"), "stats is torch.float32 (1, 4), expec"),
+    "pruned": (
+        put(torch.tensor([[0, 7]], dtype=torch.int32), "history", "pruned"),
+        "expected places in 2 allocations of 7 components",
+    ),
+    "averages": (
+        put([torch.zeros(3)], "score", "uncertainty"),
+        "the saved uncertainty is torch.float32 (3,), expected torch.float32 (84,)",
+    ),
+    "devices": (
+        put([], "score", "sensitivity"),
+        "the saved sensitivity is a list, expected 1 tensors, one for each device",
+    ),
+    "score": (cut("score", "of"), "the saved score keeps sensitivity, uncertainty, but this one"),
+}
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_nothing_of_a_damaged_state_is_applied(kit, fault):
+    layers, others = fresh(0, masked=True), fresh(1, masked=True)
+    one, two = make("prune", layers), make("prune", others)
+    run(one, layers, range(3))
+    run(two, others, range(2))
+    before = copy.deepcopy(two.state_dict())
+    masks = {name: layer.rank_mask.clone() for name, layer in others.items()}
+    state = copy.deepcopy(one.state_dict())
+    change, text = FAULTS[fault]
+    change(state)
+    assert text in kit.error_text(two.load_state_dict, state)
+    assert_same_state(two.state_dict(), before)
+    for name, layer in others.items():
+        assert torch.equal(layer.rank_mask, masks[name])
+    two.load_state_dict(one.state_dict())
+
+
+def test_what_is_no_state_is_refused(kit):
+    allocator = make("prune", layers_of())
+    assert kit.error_text(allocator.load_state_dict, []) == (
+        "the saved state is a list, expected what state_dict returned; the state is damaged."
+    )
+
+
+@pytest.mark.parametrize("direction", list(CASES))
+def test_the_history_says_which_components_fell_and_woke_up(direction):
+    layers = layers_of()
+    allocator = make(direction, layers)
+    alive = {name: mask.tolist() for name, mask in allocator.masks().items()}
+    expected = []
+    for done, masks, _ in run(allocator, layers, range(STEPS)):
+        if done is not None:
+            pairs = {name: list(zip(alive[name], masks[name], strict=True)) for name in masks}
+            expected.append(
+                tuple(
+                    {
+                        name: found
+                        for name, both in pairs.items()
+                        if (found := [i for i, pair in enumerate(both) if pair == change])
+                    }
+                    for change in ((True, False), (False, True))
+                )
+            )
+        alive = masks
+    assert any(expected)
+    assert len(expected) == len(allocator.history)
+    again = make(direction, layers_of())
+    again.load_state_dict(copy.deepcopy(allocator.state_dict()))
+    for history in (allocator.history, again.history):
+        found = [(done.pruned_components, done.grown_components) for done in history]
+        assert found == expected
+        counts = [tuple(sum(map(len, part.values())) for part in pair) for pair in found]
+        assert counts == [(done.pruned, done.grown) for done in history]
+    assert direction != "regrow" or all(any(pair[side] for pair in expected) for side in (0, 1))
 
 
 def test_when_each_component_fell_is_kept():

@@ -8,7 +8,9 @@ import torch
 from rank_budget import (
     ConstantBudget,
     CubicBudget,
+    ExportedBytes,
     FixedPruning,
+    Limits,
     NormShare,
     RankAllocator,
     SmoothedSensitivity,
@@ -280,6 +282,92 @@ def test_what_is_neither_layers_nor_stacks(kit):
     )
     assert kit.error_text(RankAllocator, {"a": kit.triplet(2, 3, 4)}, schedule, score=5) == (
         "score is 5, expected sensitivity, magnitude, a function or an object."
+    )
+
+
+class Unfinished:
+    """Some library's object that is no schedule."""
+
+    def __repr__(self):
+        return "Unfinished()"
+
+
+MISTAKES = {
+    "steps in quotes": (
+        {"total_steps": "40"},
+        "total_steps is '40', but must be a whole number.",
+    ),
+    "a score's class": (
+        {"score": SmoothedSensitivity},
+        "score is the class SmoothedSensitivity, expected an object; write "
+        "SmoothedSensitivity(...).",
+    ),
+    "a schedule's class": (
+        {"schedule": CubicBudget},
+        "schedule is the class CubicBudget, expected an object; write CubicBudget(...).",
+    ),
+    "a number as schedule": (
+        {"schedule": 6},
+        "schedule is 6, expected an object with initial and live_ranks(step), such as "
+        "CubicBudget(...).",
+    ),
+    "another schedule": (
+        {"schedule": Unfinished()},
+        "schedule is Unfinished(), expected an object with initial and live_ranks(step), such as "
+        "CubicBudget(...).",
+    ),
+    "a cost's class": (
+        {"cost": ExportedBytes},
+        "cost is the class ExportedBytes, expected an object; write ExportedBytes(...).",
+    ),
+    "a number as cost": ({"cost": 3}, "cost is 3, expected ranks, parameters, bytes, or a func"),
+    "limits in a dict": (
+        {"limits": {"floors": {"*": 1}}},
+        "limits is a dict, expected Limits(floors=..., ceilings=..., groups=...).",
+    ),
+    "the ranks of one matrix": (
+        {"schedule": FixedPruning(3, 1, 1, 1)},
+        "the schedule starts with 3 components, but the masks have 6; build it with initial=6, or, "
+        "if 3 is meant for each matrix, add .times(2).",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_what_is_mistaken_for_something_else_is_said_in_a_line(kit, mistake):
+    layers = {name: kit.triplet(3, 4, 5) for name in "ab"}
+    options, text = MISTAKES[mistake]
+    options = {"schedule": FixedPruning(6, 3, 1, 1)} | options
+    assert text in kit.error_text(RankAllocator, layers, **options)
+
+
+@pytest.mark.parametrize("value", ["1", 1.5, True])
+def test_bounds_that_are_no_whole_numbers(kit, value):
+    assert kit.error_text(Limits, floors={"*.q": value}) == (
+        f"floors['*.q'] is {value!r}, but must be a whole number."
+    )
+
+
+def test_factors_that_are_no_tensors(kit):
+    layer = kit.triplet(2, 3, 4)
+    layer.lam = [1.0, 2.0]
+    text = "expected the tensors p, lam and q; give a layer that has them, or Triplet(p, lam, q)."
+    assert kit.error_text(RankAllocator, {"a": layer}, ConstantBudget(2)) == (
+        f"a, a Triplet, has a lam of list, {text}"
+    )
+    assert kit.error_text(RankAllocator, {"a": torch.nn.Linear(2, 2)}, ConstantBudget(2)) == (
+        f"a, a Linear, has no p, {text}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("score", "what"),
+    [(lambda sigma, _: sigma.sum(), "()"), (lambda sigma, _: sigma.tolist(), "list")],
+)
+def test_a_score_function_that_returns_something_else(kit, score, what):
+    _, allocator = build(kit, score=score)
+    assert kit.error_text(allocator.step) == (
+        f"the score function returned {what}, expected a tensor (3, 3), a score for each component."
     )
 
 

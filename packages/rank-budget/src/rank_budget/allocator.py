@@ -10,16 +10,10 @@ from rank_budget.budget_plan import Direction, Plan, costs_of
 from rank_budget.costs import Cost, cost_named
 from rank_budget.errors import BudgetError
 from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices
-from rank_budget.layout import Limits, layout_of
-from rank_budget.record import (
-    Allocation,
-    check_alive,
-    check_same,
-    history_from,
-    history_state,
-    stats_of,
-)
+from rank_budget.layout import Limits, layout_of, limits_given
+from rank_budget.record import Allocation, history_from, history_state, stats_of
 from rank_budget.roster import roster_of
+from rank_budget.saved import check_state, described, made_with
 from rank_budget.schedules import Schedule
 from rank_budget.scores import Score, ScoreMethod, score_named
 from rank_budget.selection import by_matrix
@@ -88,14 +82,16 @@ class RankAllocator:
     ) -> None:
         if missing not in ("refuse", "skip"):
             raise BudgetError(f"missing is {missing!r}, expected refuse or skip.")
-        method, limits = score_named(score), limits or Limits()
+        method, limits = score_named(score), limits_given(limits)
         roster = roster_of(layers, factors, method.roles, limits)
         limits.check(list(roster.ranks))
         costs = costs_of(roster, cost_named(cost))
-        self._roster = roster
-        self._layout = layout_of(
-            roster.ranks, costs=costs, limits=limits, device=roster.alive.device
+        self._made_with = made_with(
+            getattr(method, "function", method), cost_named(cost), limits, direction
         )
+        self._roster = roster
+        where = roster.alive.device
+        self._layout = layout_of(roster.ranks, costs=costs, limits=limits, device=where)
         self._missing = missing
         self._scorer = method.start(roster.blocks, roster.ranks)
         self._pending: set[str] | None = None
@@ -109,7 +105,7 @@ class RankAllocator:
         self.history: list[Allocation] = []
         start = start_of(roster, self._layout, schedule, direction)
         self._alive, self._resume = start.alive, start.resume
-        self._plan = Plan(schedule, direction, start.parts, roster.alive.device)
+        self._plan = Plan(schedule, direction, start.parts, where)
         self._budget = schedule.initial
         self._live: int | None = int(self._alive.sum())
         if total_steps is not None:
@@ -121,6 +117,11 @@ class RankAllocator:
     def set_total_steps(self, total_steps: int) -> None:
         """Tell the schedule the length of the training, before the first step; see the class."""
         self._plan.set_total_steps(total_steps)
+
+    @property
+    def layers(self) -> Mapping[str, RankedLayer]:
+        """The layers by name; none where live stacks were given."""
+        return self._roster.layers
 
     @property
     def total_ranks(self) -> int:
@@ -227,7 +228,7 @@ class RankAllocator:
         self._changed.masked_fill_(changes, self.steps)
         fell = changes if self._plan.direction == "prune" else changes & before
         stats = stats_of(scores, changes, fell, self._alive, self._lowest)
-        allocation = Allocation(self.steps, budget, stats)
+        allocation = Allocation(self.steps, budget, stats, changes, fell, self._roster.ranks)
         self._budget = budget
         self._live = budget if self._layout.even else None
         self.history.append(allocation)
@@ -261,6 +262,7 @@ class RankAllocator:
             "skipped": self.skipped,
             "budget": self._budget,
             "matrices": [[name, rank] for name, rank in self._roster.ranks.items()],
+            "made_with": {**self._made_with, "schedule": described(self.schedule)},
             "alive": self._alive,
             "changed": self._changed,
             "importance": self._importance,
@@ -275,23 +277,23 @@ class RankAllocator:
         The model's own state may be loaded before or after; both before the first step.
 
         Raises:
-            BudgetError: the state is of other matrices or another score, or layers are compacted.
+            BudgetError: the state is of other matrices, of an allocator made otherwise, incomplete
+                or damaged, or layers are compacted. Nothing has been changed then.
         """
         for block in self._roster.blocks:
             block.read()  # Refuses layers that have become smaller, before anything is changed.
-        here = [[name, rank] for name, rank in self._roster.ranks.items()]
-        check_same(state["matrices"], here, "(name, rank)")
-        check_alive(state["alive"], self._alive, state["budget"] if self._layout.even else None)
+        check_state(state, self.state_dict(), ranks=self._layout.even)
+        device = self._alive.device
+        history = history_from(state["history"], self._roster.ranks, device)
         self._scorer.load_state_dict(state["score"])
-        self._alive = state["alive"].to(self._alive.device).clone()
-        self._changed = state["changed"].to(self._alive.device).clone()
-        self._importance = state["importance"].to(self._alive.device).clone()
-        self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
-        self._budget = int(state["budget"])
+        self.history = history
+        self._alive = state["alive"].to(device).clone()
+        self._changed = state["changed"].to(device).clone()
+        self._importance = state["importance"].to(device).clone()
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        self._budget = state["budget"]
         self._live = int(self._alive.sum())
-        self.history = history_from(state["history"], self._alive.device)
-        self._scored, self._pending = False, None
-        self._resume = None
+        self._scored, self._pending, self._resume = False, None, None
         # In regrowth λ of what fell has learned on, and is the model's to restore.
         if self._masks_apply():
             self._roster.write(self._alive)

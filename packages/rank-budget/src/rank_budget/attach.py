@@ -40,10 +40,12 @@ def attach_(allocator: RankAllocator, optimizer: Optimizer) -> Attachment:
     is not seen; a step with gradients that are not finite, or that a fused optimizer leaves out,
     leaves scores and budget untouched, for which one flag is read from the device, and one more of
     a fused optimizer under a scaler; its gradients are scored unscaled. What is pruned is zero
-    again after every step, whatever the optimizer's momentum did to it.
+    again after every step, whatever the optimizer's momentum did to it. Of several optimizers it is
+    to be that of λ; whose the stacks of an allocator are is not looked at.
 
     Raises:
-        BudgetError: the allocator is attached already; and, from ``allocator.step()``, that the
+        BudgetError: the allocator is attached already, or a layer's λ is not among the optimizer's
+            parameters, though it learns; and, from ``allocator.step()``, that the
             optimizer steps it.
 
     >>> import torch
@@ -63,6 +65,14 @@ def attach_(allocator: RankAllocator, optimizer: Optimizer) -> Attachment:
     if allocator.attached:
         raise BudgetError(
             "the allocator is attached to an optimizer already; remove that Attachment first."
+        )
+
+    held = {id(factor) for group in optimizer.param_groups for factor in group["params"]}
+    learning = {n: layer.lam for n, layer in allocator.layers.items() if layer.lam.requires_grad}
+    if lost := [name for name, lam in learning.items() if id(lam) not in held]:
+        raise BudgetError(
+            f"the optimizer holds λ of {len(learning) - len(lost)} of {len(learning)} layers, but "
+            f"not of {lost[0]}; attach to the optimizer that has the layers' parameters."
         )
 
     def before(*_: Any) -> None:

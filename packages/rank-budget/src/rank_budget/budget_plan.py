@@ -1,13 +1,13 @@
 """When to allocate, and to how much: the schedule, in whole shares for each group."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rank_budget.costs import Cost, ranks
-from rank_budget.errors import BudgetError
+from rank_budget.errors import BudgetError, refuse_class, require_whole
 from rank_budget.layout import Limits, shares
 from rank_budget.roster import Roster
 from rank_budget.schedules import Schedule
@@ -84,6 +84,7 @@ class Plan:
         Raises:
             BudgetError: it was made for another length, or does not end in time.
         """
+        require_whole("total_steps", total_steps)
         if hasattr(self.schedule, "with_total_steps"):
             self.schedule = self.schedule.with_total_steps(total_steps)
         end = self.end
@@ -115,6 +116,16 @@ class Plan:
                     f"the final budget of group {number} is {budget}, but its floors add up to "
                     f"{least} and its ceilings to {most}; change the limits or the budget."
                 )
+
+
+def check_schedule(schedule: Any) -> None:
+    """Refuse what is no schedule."""
+    refuse_class("schedule", schedule)
+    if not hasattr(schedule, "live_ranks") or not hasattr(schedule, "initial"):
+        raise BudgetError(
+            f"schedule is {schedule!r}, expected an object with initial and live_ranks(step), such "
+            "as CubicBudget(...)."
+        )
 
 
 def costs_of(roster: Roster, cost: Cost) -> list[int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rank_budget.errors import BudgetError
+from rank_budget.errors import BudgetError, refuse_class
 
 Cost = Callable[[int, int], int]
 
@@ -55,7 +55,9 @@ COSTS: Mapping[str, Cost] = {
 
 def cost_named(cost: str | Cost) -> Cost:
     """Return a cost by name, or the function itself."""
-    if isinstance(cost, str) and cost not in COSTS:
+    refuse_class("cost", cost)
+    known = cost in COSTS if isinstance(cost, str) else callable(cost)
+    if not known:
         raise BudgetError(f"cost is {cost!r}, expected {', '.join(COSTS)}, or a function.")
     return COSTS[cost] if isinstance(cost, str) else cost
 

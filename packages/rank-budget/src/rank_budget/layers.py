@@ -201,6 +201,14 @@ def _check_stack(stack: Any, fields: tuple[str, ...], tail: str) -> None:
 
 def check_layer(name: str, layer: RankedLayer) -> None:
     """Refuse three tensors that are not a triplet, by name and shape."""
+    for role in ("p", "lam", "q"):
+        factor = getattr(layer, role, None)
+        if not isinstance(factor, Tensor):
+            has = f"a {role} of {type(factor).__name__}" if hasattr(layer, role) else f"no {role}"
+            raise BudgetError(
+                f"{name}, a {type(layer).__name__}, has {has}, expected the tensors p, lam and q; "
+                "give a layer that has them, or Triplet(p, lam, q)."
+            )
     p, lam, q = (tuple(getattr(layer, role).shape) for role in ("p", "lam", "q"))
     rank = lam[0] if lam else -1
     fits = lam in ((rank,), (rank, 1)) and len(p) == len(q) == 2 and p[1] == rank == q[0]

@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from rank_budget.errors import BudgetError
+from rank_budget.errors import BudgetError, require, require_whole
 from rank_budget.selection import Layout
 
 
@@ -35,8 +35,9 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("floors", "ceilings"):
             for pattern, ranks in getattr(self, name).items():
-                if ranks < 0:
-                    raise BudgetError(f"{name}[{pattern!r}] is {ranks}, but must be 0 or more.")
+                field_name = f"{name}[{pattern!r}]"
+                require_whole(field_name, ranks)
+                require(ranks >= 0, field_name, ranks, "must be 0 or more")
 
     def bounds(self, name: str, rank: int) -> tuple[int, int]:
         """Return the floor and the ceiling of a matrix; a floor above its rank is its rank."""
@@ -58,6 +59,16 @@ class Limits:
                         f"{field_name} has the pattern {pattern!r}, which matches none of the "
                         f"{len(names)} matrices, such as {names[0]!r}; mend or remove it."
                     )
+
+
+def limits_given(limits: Limits | None) -> Limits:
+    """Return the limits, none if there are none."""
+    if not isinstance(limits, Limits | None):
+        raise BudgetError(
+            f"limits is a {type(limits).__name__}, expected Limits(floors=..., ceilings=..., "
+            "groups=...)."
+        )
+    return limits or Limits()
 
 
 def order_of(names: Sequence[str], limits: Limits) -> list[str]:

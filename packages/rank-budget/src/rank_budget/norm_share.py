@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rank_budget.errors import BudgetError, require
+from rank_budget.saved import check_tensor
 from rank_budget.scores import check_keys, wide
 from rank_budget.stacks import Block, Gather
 
@@ -120,4 +121,5 @@ class Shares:
             BudgetError: it is of another score.
         """
         check_keys(state, self.state_dict())
+        check_tensor("share", state["share"], self._mean.shape, self._mean.dtype)
         self._mean.copy_(state["share"])

@@ -4,13 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rank_budget.errors import BudgetError
+from rank_budget.saved import check_tensor, damaged
 
 STATS = 4
 
@@ -21,12 +20,17 @@ class Allocation:
 
     ``step``, ``budget``: known at once. ``pruned``, ``grown``, ``live``: numbers of components,
     and ``threshold``: the highest score that fell, −inf where none did; these four are read from
-    the device, together, when the first of them is asked for.
+    the device, together, when the first of them is asked for. ``pruned_components`` and
+    ``grown_components`` say which they were; until then, and in the history, they are one or two
+    masks, bool, (components,), on the device.
     """
 
     step: int
     budget: int
     stats: Tensor = field(repr=False)
+    changes: Tensor | None = field(default=None, repr=False)
+    fell: Tensor | None = field(default=None, repr=False)
+    ranks: Mapping[str, int] = field(default_factory=dict, repr=False)
 
     @cached_property
     def _read(self) -> list[float]:
@@ -54,11 +58,34 @@ class Allocation:
         """The highest score that fell."""
         return self._read[3]
 
+    @cached_property
+    def pruned_components(self) -> dict[str, list[int]]:
+        """The components that fell, by matrix."""
+        return self._by_matrix(self.fell)
+
+    @cached_property
+    def grown_components(self) -> dict[str, list[int]]:
+        """The components that woke up, by matrix."""
+        if self.changes is None or self.fell is None or self.changes is self.fell:
+            return {}
+        return self._by_matrix(self.changes & self.fell.logical_not())
+
+    def _by_matrix(self, mask: Tensor | None) -> dict[str, list[int]]:
+        """Return the places of a mask; matrices without any are left out."""
+        if mask is None:
+            return {}
+        parts = torch.split(mask.cpu(), list(self.ranks.values()))
+        found = zip(self.ranks, (part.nonzero()[:, 0].tolist() for part in parts), strict=True)
+        return {name: places for name, places in found if places}
+
+    def _content(self) -> tuple[Any, ...]:
+        components = self.pruned_components, self.grown_components
+        return self.step, self.budget, self._read, *components
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Allocation):
             return NotImplemented
-        mine = (self.step, self.budget, self._read)
-        return mine == (other.step, other.budget, other._read)
+        return self._content() == other._content()
 
     def __hash__(self) -> int:
         return hash((self.step, self.budget))
@@ -83,42 +110,51 @@ def stats_of(
 
 
 def history_state(history: Sequence[Allocation]) -> dict[str, Any]:
-    """Return a history as plain numbers and one small tensor."""
+    """Return a history as plain numbers and small tensors.
+
+    ``pruned`` and ``grown``: int32, (changes, 2), which allocation and which component.
+    """
     stats = [allocation.stats for allocation in history]
+    pruned = [done.fell for done in history if done.fell is not None]
+    changed = [done.changes for done in history if done.changes is not None]
+    none = torch.zeros(0, 1, dtype=torch.bool)
+    fell, changes = (torch.stack(masks) if masks else none for masks in (pruned, changed))
     return {
         "steps": [allocation.step for allocation in history],
         "budgets": [allocation.budget for allocation in history],
         "stats": torch.stack(stats) if stats else torch.zeros(0, STATS),
+        "pruned": fell.nonzero().int(),
+        "grown": (changes & fell.logical_not()).nonzero().int(),
     }
 
 
-def history_from(state: Mapping[str, Any], device: torch.device) -> list[Allocation]:
-    """Return the history that `history_state` wrote."""
+def history_from(
+    state: Mapping[str, Any], ranks: Mapping[str, int], device: torch.device
+) -> list[Allocation]:
+    """Return the history that `history_state` wrote, of matrices of these ranks.
+
+    Raises:
+        BudgetError: its parts do not fit.
+    """
+    keys = ("steps", "budgets", "stats", "pruned", "grown")
+    if not isinstance(state, Mapping) or state.keys() != set(keys):
+        raise damaged("history", state, f"a mapping of {', '.join(keys)}")
+    count, components = len(state["steps"]), sum(ranks.values())
+    if len(state["budgets"]) != count:
+        raise damaged("budgets", state["budgets"], f"{count} of them")
+    check_tensor("stats", state["stats"], (count, STATS))
+    masks = []
+    for key in ("pruned", "grown"):
+        pairs = state[key]
+        check_tensor(key, pairs, (len(pairs), 2), torch.int32)
+        inside = (pairs >= 0) & (pairs.cpu() < torch.tensor([count, components])).to(pairs.device)
+        if not inside.all():
+            raise damaged(key, pairs, f"places in {count} allocations of {components} components")
+        mask = torch.zeros(count, components, dtype=torch.bool, device=device)
+        mask[tuple(pairs.to(device).long().T)] = True
+        masks.append(mask)
+    fell, grown = masks
+    changes = (fell | grown).unbind() if grown.any() else fell.unbind()
     stats = state["stats"].to(device).clone().unbind()
-    rows = zip(state["steps"], state["budgets"], stats, strict=True)
-    return [Allocation(int(step), int(budget), numbers) for step, budget, numbers in rows]
-
-
-def check_same(saved: Sequence[Sequence[Any]], here: Sequence[Sequence[Any]], what: str) -> None:
-    """Refuse a state of other matrices, by the first that differs."""
-    for before, now in zip_longest(saved, here):
-        if before is None or now is None or list(before) != list(now):
-            raise BudgetError(
-                f"the saved state has {what} {before}, but here is {now}; load it into the model "
-                "that it was saved from."
-            )
-
-
-def check_alive(saved: Tensor, here: Tensor, expected: int | None) -> None:
-    """Refuse masks of another size than here, or with another number alive than ``expected``."""
-    if len(saved) != len(here):
-        raise BudgetError(
-            f"the saved masks have {len(saved)} components, but the matrices have {len(here)}; "
-            "the state is damaged."
-        )
-    live = int(saved.sum())
-    if expected is not None and live != expected:
-        raise BudgetError(
-            f"the saved masks have {live} live components, but the budget was {expected}; the "
-            "state is damaged."
-        )
+    rows = zip(state["steps"], state["budgets"], stats, changes, fell.unbind(), strict=True)
+    return [Allocation(*row, ranks) for row in rows]

@@ -1,7 +1,7 @@
 """The matrices of an allocator in their one order: names, ranks, widths, and where masks go."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class Roster:
     ``ranks``: of each matrix, in the order of everything flat. ``widths``: output and input of
     each, where known. ``writers`` put masks, (components,), where layers read them; ``silencers``
     put λ of what is pruned to zero where layers read no mask, and ``zeroers`` do so everywhere.
+    ``layers``: where there are any, not stacks.
     """
 
     ranks: Mapping[str, int]
@@ -29,6 +30,7 @@ class Roster:
     writers: Sequence[Callable[[Tensor], None]]
     silencers: Sequence[Callable[[Tensor], None]]
     zeroers: Sequence[Callable[[Tensor], None]]
+    layers: Mapping[str, RankedLayer] = field(default_factory=dict)
 
     def write(self, alive: Tensor) -> None:
         """Put masks where layers read them."""
@@ -178,7 +180,7 @@ def roster_of_layers(
         else:
             writers.append(_layer_writer([layers[name] for name in names], index))
     widths = {name: (layer.p.shape[0], layer.q.shape[1]) for name, layer in layers.items()}
-    return Roster(order, widths, blocks, alive, writers, silencers, zeroers)
+    return Roster(order, widths, blocks, alive, writers, silencers, zeroers, layers)
 
 
 def _layer_writer(layers: Sequence[RankedLayer], index: Tensor) -> Callable[[Tensor], None]:

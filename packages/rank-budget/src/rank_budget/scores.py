@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from rank_budget.errors import BudgetError
+from rank_budget.errors import BudgetError, refuse_class
 from rank_budget.stacks import Block, Gather
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -115,7 +115,14 @@ class _MomentaryScorer:
             )
             if grad_scale is not None:
                 grad = grad / grad_scale.to(grad.device)
-            parts.append(self._function(value, grad))
+            part = self._function(value, grad)
+            if not isinstance(part, Tensor) or part.shape != value.shape:
+                what = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                raise BudgetError(
+                    f"the score function returned {what}, expected a tensor {tuple(value.shape)}, "
+                    "a score for each component."
+                )
+            parts.append(part)
         self._scores = self._gather(parts)
         return missing
 
@@ -155,6 +162,7 @@ SCORES: Mapping[str, Score] = {"sensitivity": sensitivity, "magnitude": magnitud
 
 def score_named(score: "str | Score | ScoreMethod") -> ScoreMethod:
     """Return a score by name, a function of λ and ∇λ, or a score with averages, as a method."""
+    refuse_class("score", score)
     if isinstance(score, str):
         if score not in SCORES:
             raise BudgetError(

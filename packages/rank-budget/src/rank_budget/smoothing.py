@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rank_budget.arena import Arena, Run, arenas_of
 from rank_budget.errors import require
-from rank_budget.record import check_same
+from rank_budget.saved import check_same, check_tensor, damaged
 from rank_budget.scores import check_keys
 from rank_budget.stacks import Block, Gather
 
@@ -152,12 +152,16 @@ class Averages:
         """
         check_keys(state, self.state_dict())
         check_same(list(state["of"]), self._contents(), "(role, names, shape, start)")
-        for field, flats in (
-            ("sensitivity", self._sensitivity),
-            ("uncertainty", self._uncertainty),
-        ):
+        pairs = []
+        for field in ("sensitivity", "uncertainty"):
+            flats = self.state_dict()[field]
+            if len(state[field]) != len(flats):
+                raise damaged(field, state[field], f"{len(flats)} tensors, one for each device")
             for flat, value in zip(flats, state[field], strict=True):
-                flat.copy_(value)
+                check_tensor(field, value, flat.shape, flat.dtype)
+                pairs.append((flat, value))
+        for flat, value in pairs:
+            flat.copy_(value)
         self._largest, self._scores = [], None
 
     def _contents(self) -> list[list[Any]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rank_budget.budget_plan import Direction, Plan
+from rank_budget.budget_plan import Direction, Plan, check_schedule
 from rank_budget.errors import BudgetError
 from rank_budget.roster import Roster
 from rank_budget.schedules import Schedule
@@ -32,6 +32,7 @@ def start_of(roster: Roster, layout: Layout, schedule: Schedule, direction: Dire
     Raises:
         BudgetError: the schedule starts with another budget than the masks.
     """
+    check_schedule(schedule)
     alive = roster.alive.clone()
     whole: list[int] = per_group(layout.cost, layout).tolist()
     if direction == "grow":
@@ -46,6 +47,9 @@ def start_of(roster: Roster, layout: Layout, schedule: Schedule, direction: Dire
         f"the schedule starts with {schedule.initial} {unit}, but the masks have {sum(parts)}; "
         f"build it with initial={sum(parts)}"
     )
+    matrices = len(roster.ranks)
+    if matrices > 1 and schedule.initial * matrices == sum(parts):
+        text += f", or, if {schedule.initial} is meant for each matrix, add .times({matrices})"
     if schedule.initial == sum(whole):
         return Start(alive, whole, f"{text}, or, to go on with a run, load its state first.")
     pruned = ", or, to go on with a run, build the allocator before the masks are loaded"
