@@ -1,5 +1,6 @@
 """Leaves on several devices, and moves of the hypernetworks."""
 
+import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -45,6 +46,46 @@ def test_values_and_gradients_cross_between_accelerators(monkeypatch):
         generated.commit()
         assert {p.grad.device.type for p in generated.parameters()} == {"cpu"}
         assert {b.device.type for b in generated.buffers()} == {"cpu"}
+
+
+@pytest.mark.parametrize("output", ["free", "unit_rows", "orthonormal"])
+def test_stacks_of_several_roles_live_on_their_devices_and_the_networks_on_the_first(
+    monkeypatch, output
+):
+    """Equal shapes on two devices are two groups of one network; averages stay with the state."""
+    monkeypatch.setattr(GeneratedParameters, "to", lambda self, *_: self)
+    monkeypatch.setattr(LeafGroup, "check_finite", lambda self: None)
+    with FakeTensorMode():
+        leaves = {
+            "p": [nn.Parameter(torch.randn(2, 3, 4, device=d)) for d in ("cpu", "cuda:1")],
+            "lam": [nn.Parameter(torch.randn(2, 3, device=d)) for d in ("cuda:1", "cpu")],
+        }
+        generated = GeneratedParameters(
+            leaves,
+            config=CONFIG,
+            tokens={"lam": "scalars"},
+            outputs={"p": output},
+            gradient_normalisation="token_rms",
+        )
+        assert [(g.label, str(g.device)) for g in generated.groups] == [
+            ("p_0", "cpu"),
+            ("p_1", "cuda:1"),
+            ("lam_0", "cuda:1"),
+            ("lam_1", "cpu"),
+        ]
+        assert generated.hypernetworks["p"].shapes == [(2, 3, 4), (2, 3, 4)]
+        with Crossings() as out:
+            generated.refresh()
+        for leaf in (leaf for tensors in leaves.values() for leaf in tensors):
+            leaf.grad = torch.ones_like(leaf)
+        with Crossings() as back:
+            generated.backward()
+        generated.commit()
+        assert out.devices == ["cuda:1"] * 2
+        assert back.devices == ["cpu"] * 2
+        assert {b.device.type for b in generated.buffers()} == {"cpu"}
+        assert {p.grad.device.type for p in generated.parameters()} == {"cpu"}
+        assert {str(leaf.device) for leaf in leaves["p"]} == {"cpu", "cuda:1"}
 
 
 def test_moving_to_another_dtype_moves_weights_and_state_and_not_the_leaves():

@@ -1,8 +1,11 @@
 """Shares of the matrices: together they are the whole, in values, gradients, state and averages."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyper_core import (
     AttentionConfig,
@@ -181,3 +184,40 @@ def test_what_was_gathered_is_not_a_row_for_each_share():
     with pytest.raises(HyperError, match=r"gather returned the shape \(1, 94\), expected \(2, 94"):
         generated.refresh(contexts(), split=Split(0, 2, torch.atleast_2d))
     assert torch.equal(leaves["p"][0], before)
+
+
+def test_a_compiled_network_generates_a_share():
+    leaf = torch.randn(5, 3, 4)
+    generated = GeneratedParameters({"p": [leaf]}, config=BODIES["mlp"], sharing=[0, 1, 0, 2, 1])
+    split = Split(1, 2, torch.atleast_2d)
+    (expected,) = generated.generate(split=split)["p"]
+    del generated.hypernetworks["p"].layouts["[(2, 5)]"]  # as before the first split step
+    generated.hypernetworks["p"].compile(backend="aot_eager", fullgraph=True)
+    (found,) = generated.generate(split=split)["p"]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("sharing", ["all", "each"])
+def test_operations_of_a_share_do_not_grow_with_the_matrices(sharing):
+    counted = []
+    for matrices in (4, 40):
+        leaf = nn.Parameter(torch.randn(matrices, 3, 5))
+        generated = GeneratedParameters({"p": [leaf]}, config=BODIES["mlp"], sharing=sharing)
+        leaf.grad = torch.ones_like(leaf)
+        with Counted() as mode:
+            generated.refresh(split=Split(0, 2, lambda mine: torch.stack([mine, mine])))
+            generated.backward()
+            generated.commit()
+        counted.append(mode.operations)
+    assert counted[0] == counted[1]
+    assert "index_select" not in counted[0]  # the weights of adjacent networks are a view
+
+
+class Counted(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operations = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))

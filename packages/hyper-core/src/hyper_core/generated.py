@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from hyper_core.errors import HyperError
 from hyper_core.hypernetwork import Hypernetwork
 from hyper_core.learning_rates import parameter_groups
 from hyper_core.leaves import LeafGroup, check_roles, group_leaves, widest_dtype
-from hyper_core.normalisation import TokenRms, check_decay
+from hyper_core.normalisation import Normalisation, TokenRms, check_decay
 from hyper_core.outputs import Output
 from hyper_core.presets import find_config
 from hyper_core.recursion import Recursion, State
@@ -23,8 +23,6 @@ from hyper_core.roles import resolve_roles
 from hyper_core.sharing import Sharing, networks_of
 from hyper_core.split import Split, fill_gradients_
 from hyper_core.tokens import Tokens, token_shape
-
-Normalisation = Literal["none", "token_rms"]
 
 
 class GeneratedParameters(nn.Module):
@@ -171,6 +169,7 @@ class GeneratedParameters(nn.Module):
             if split is not None:
                 only = [split.bounds(len(stack)) for stack in state]
                 state = split.own(state)
+                network.layout(only)
             order = self.get_buffer(f"order_{name}")
             rows = context_rows(context, name, order, state[0].dtype)
             with naming_role(name):

@@ -85,7 +85,7 @@ class Hypernetwork(nn.Module):
         ends = list(accumulate(counts, initial=0))
         self._by_stack = [networks[start:end] for start, end in pairwise(ends)]
         self.layouts = nn.ModuleDict()
-        whole = self._layout(None)
+        whole = self.layout(None)
         for members, route in zip(whole.batches, whole.trunk_routes, strict=True):
             assert isinstance(route, Route)
             config.check_tokens(route.networks * route.each, self.shapes[members[0]][1])
@@ -107,8 +107,11 @@ class Hypernetwork(nn.Module):
             held.setdefault(width, set()).update(networks)
         return {width: sorted(networks) for width, networks in sorted(held.items())}
 
-    def _layout(self, only: Bounds | None) -> Layout:
-        """Return the layout of all matrices, or of those within ``only``, made once."""
+    def layout(self, only: Bounds | None = None) -> Layout:
+        """Return the layout of all matrices, or of those within ``only``, made at its first use.
+
+        A compiled network cannot make one: call this before its `forward` with a new ``only``.
+        """
         name = "all" if only is None else repr(only)
         if name not in self.layouts:
             chosen = self._by_stack
@@ -167,7 +170,7 @@ class Hypernetwork(nn.Module):
                 f"stacks has the shapes {got}, expected {expected}; make another Hypernetwork "
                 "for other shapes."
             )
-        layout = self._layout(only)
+        layout = self.layout(only)
         embedded = self._embed(stacks, context, layout, bounds)
         mixed = list(stacks)
         for members, route in zip(layout.batches, layout.trunk_routes, strict=True):

@@ -1,7 +1,7 @@
 """Gradients divided by the running root mean square of each token."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from hyper_core.checks import is_number
 from hyper_core.errors import HyperError
 from hyper_core.tokens import Tokens, from_tokens, to_tokens, token_shape
 
+Normalisation = Literal["none", "token_rms"]
 _EPSILON = 1e-12
 
 

@@ -78,9 +78,11 @@ class Route(nn.Module):
             for number, i in enumerate(own):
                 place[i] = network * self.each + number
         chosen = [position[network] for network in used]
+        self.first, self.all = chosen[0], len(chosen) == len(held)
+        adjacent = chosen == list(range(chosen[0], chosen[0] + len(chosen)))
         self._index("fill", None if in_order else fill)
         self._index("place", None if in_order else place)
-        self._index("chosen", None if chosen == list(range(len(held))) else chosen)
+        self._index("chosen", None if adjacent else chosen)
 
     def _index(self, name: str, positions: list[int] | None) -> None:
         index = None if positions is None else torch.tensor(positions)
@@ -90,11 +92,16 @@ class Route(nn.Module):
         """Return ``module``'s output for x, both (matrices, tokens, features)."""
         spread = x if self.fill is None else x.index_select(0, self.fill)
         spread = spread.reshape(self.networks, self.each, *spread.shape[1:])
-        if self.chosen is None:
+        if self.all:
             y = module(spread)
         else:
-            names, weights = zip(*module.named_parameters(), strict=True)
-            own = [weight.index_select(0, self.chosen) for weight in weights]
-            y = functional_call(module, dict(zip(names, own, strict=True)), (spread,))
+            own = {name: self._own(weight) for name, weight in module.named_parameters()}
+            y = functional_call(module, own, (spread,))
         flat: Tensor = y.flatten(0, 1)
         return flat if self.place is None else flat.index_select(0, self.place)
+
+    def _own(self, weight: Tensor) -> Tensor:
+        """Return the weights of the networks that are used, as a view where they are adjacent."""
+        if self.chosen is None:
+            return weight.narrow(0, self.first, self.networks)
+        return weight.index_select(0, self.chosen)
