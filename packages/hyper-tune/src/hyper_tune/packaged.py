@@ -24,8 +24,8 @@ def packaged_configs() -> dict[str, Path]:
 def packaged_recipes() -> dict[str, Path]:
     """Return the entry points that `tune run` finds, by the name that it is given.
 
-    >>> sorted(packaged_recipes())
-    ['hyper-tune/hyperadalora_full']
+    >>> "hyper-tune/hyperadalora_full" in packaged_recipes()
+    True
     """
     folder = Path(str(resources.files("hyper_tune"))).parent / _RECIPES
     paths = sorted(path for path in folder.glob("*.py") if path.stem != "__init__")

@@ -2,15 +2,18 @@
 
 from typing import Any
 
+import typer
+
 from hyper_tune.cli.table import print_table
+from hyper_tune.entry import RECIPES
 from hyper_tune.packaged import packaged_configs, packaged_recipes, read_config
 
 
 def ls() -> None:
     """List the recipes and configurations, to run, copy or plan."""
-    rows = []
-    for recipe in packaged_recipes():
-        for number, (name, path) in enumerate(packaged_configs().items()):
-            config: Any = read_config(path)
-            rows.append(("" if number else recipe, name, str(config.base_model)))
-    print_table(("recipe", "configuration", "base model"), rows)
+    methods = [(recipe, RECIPES[recipe]) for recipe in packaged_recipes()]
+    print_table(("recipe", "method"), methods)
+    typer.echo()
+    configs: list[tuple[str, Any]] = [(n, read_config(p)) for n, p in packaged_configs().items()]
+    rows = [(name, str(config.base_model)) for name, config in configs]
+    print_table(("configuration", "base model"), rows)
