@@ -16,6 +16,7 @@ from torchtune.data import Message
 from transformers import AutoModelForCausalLM
 
 from hyper_tune.cli.main import main
+from hyper_tune.method import METHODS
 from hyper_tune.packaged import packaged_configs, packaged_data
 from hyper_tune.torchtune.components import build_tokenizer
 from hyper_tune.torchtune.trained import open_trained
@@ -54,16 +55,17 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-def test_ls_lists_every_configuration_with_its_base(said: Callable[..., str]) -> None:
-    listed, data = (
+def test_ls_lists_every_recipe_configuration_and_data_set(said: Callable[..., str]) -> None:
+    recipes, configs, data = (
         [line.split() for line in table.splitlines()] for table in said("ls").split("\n\n")
     )
-    assert listed[0] == ["recipe", "configuration", "base", "model"]
-    assert listed[1][0] == "hyper-tune/hyperadalora_full"
+    assert recipes[0] == ["recipe", "method"]
+    assert sorted(recipes[1:]) == sorted([f"hyper-tune/{name}_full", name] for name in METHODS)
+    assert configs[0] == ["configuration", "base", "model"]
     bases = {
         name: str(OmegaConf.load(path).base_model) for name, path in packaged_configs().items()
     }
-    assert {line[-2]: line[-1] for line in listed[1:]} == bases
+    assert {line[0]: line[1] for line in configs[1:]} == bases
     assert [line[0] for line in data[1:]] == [f"data={name}" for name in packaged_data()]
     assert ["data=gsm8k", "openai/gsm8k"] in data
 

@@ -27,8 +27,8 @@ def packaged_configs() -> dict[str, Path]:
 def packaged_recipes() -> dict[str, Path]:
     """Return the entry points that `tune run` finds, by the name that it is given.
 
-    >>> sorted(packaged_recipes())
-    ['hyper-tune/hyperadalora_full']
+    >>> "hyper-tune/hyperadalora_full" in packaged_recipes()
+    True
     """
     folder = Path(str(resources.files("hyper_tune"))).parent / _RECIPES
     paths = sorted(path for path in folder.glob("*.py") if path.stem != "__init__")
@@ -84,11 +84,19 @@ def read_configuration(
             cannot be.
     """
     config = read_config(find_config(name))
+    return apply_overrides(config, choose_data_(config, words), components)
+
+
+def choose_data_(config: DictConfig, words: Sequence[str]) -> list[str]:
+    """Put the data set of the last ``data=NAME`` in ``config``; return the other words.
+
+    Raises:
+        UserError: no such data set, or a file that is none.
+    """
     chosen = [word.removeprefix("data=") for word in words if word.startswith("data=")]
     if chosen:
         _set_data(config, chosen[-1])
-    rest = [word for word in words if not word.startswith("data=")]
-    return apply_overrides(config, rest, components)
+    return [word for word in words if not word.startswith("data=")]
 
 
 def _set_data(config: DictConfig, name: str) -> None:

@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from hyper_core import GeneratedParameters
+from hyper_core.choices import decode
+from hyper_core.recursion import Recursion
 from hyper_tune import MethodConfig, assemble
 from hyper_tune.method import PruningSettings
+from lowrank_adapters import ScaledLoRALinear
 
 
 def plain_model() -> nn.Sequential:
@@ -184,3 +188,71 @@ def test_a_state_without_the_optimizer_that_is_asked_for_is_refused(
     run = small.build(case)
     with pytest.raises(ValueError, match="the saved state has no optimizer"):
         run.method.load_state_dict(run.method.state_dict(), run.optimizer)
+
+
+def generated(name: str = "hyperadalora", **hypernetwork: Any) -> GeneratedParameters:
+    """What generates the factors of two models of equal names under these settings."""
+    model = nn.Sequential(*(nn.ModuleDict({"up": nn.Linear(6, 4), "down": nn.Linear(4, 6)})
+                            for _ in range(3)))  # fmt: skip
+    config = MethodConfig.from_mapping(
+        {"name": name, "init_rank": 2, "hypernetwork": {"preset": "mlp-small"} | hypernetwork}
+    )
+    owner = assemble(model, config, total_steps=1000).owner
+    assert isinstance(owner, GeneratedParameters)
+    return owner
+
+
+def test_every_choice_of_a_hypernetwork_reaches_it() -> None:
+    plain = generated()
+    assert plain.recursion == Recursion("recurrent")
+    assert {name: role.output for name, role in plain.roles.items()} == {
+        "p": "unit_rows", "lam": "free", "q": "unit_rows"
+    }  # fmt: skip
+    assert {name: role.zero_start for name, role in plain.roles.items()} == {
+        "p": False, "lam": True, "q": False
+    }  # fmt: skip
+    assert {network.networks for network in networks(plain)} == {1}
+    assert {network.trunk.dtype for network in networks(plain)} == {None}
+    assert all(network.embedding is not None for network in networks(plain))
+    assert generated(state="damped").recursion == Recursion("damped", 0.5)
+    assert generated(state="damped", relaxation=0.2).recursion == Recursion("damped", 0.2)
+    free = generated(outputs="free", embeddings=False)
+    assert {role.output for role in free.roles.values()} == {"free"}
+    assert all(network.embedding is None for network in networks(free))
+    assert generated(outputs="orthonormal").roles["q"].output == "orthonormal"
+    assert {n.networks for n in networks(generated(sharing="each"))} == {6}
+    bf16 = networks(generated(dtype="bf16"))
+    assert {network.trunk.dtype for network in bf16} == {torch.bfloat16}
+    rms = generated(gradient_normalisation="token_rms", gradient_decay=0.5)
+    default = generated(gradient_normalisation="token_rms")
+    assert [owner.averages._decay for owner in (rms, default)] == [0.5, 0.99]
+    assert plain.averages is None
+
+
+def networks(owner: GeneratedParameters) -> list[Any]:
+    return list(owner.hypernetworks.values())
+
+
+def test_groups_share_a_hypernetwork_by_the_names_of_modules() -> None:
+    owner = generated("hyperlora", sharing="groups")
+    # A of all six: three of `up` with six inputs, three of `down` with four.
+    for role, widths in (("a", (6, 4)), ("b", (4, 6))):
+        network = owner.hypernetworks[role]
+        assert network.networks == 2
+        assert [shape[2] for shape in network.shapes] == list(widths)
+    choices = decode(owner.get_buffer("choices"))
+    assert choices["networks['a']"] == [0, 0, 0, 1, 1, 1]
+
+
+def test_layers_have_the_methods_options() -> None:
+    def layer(section: dict[str, Any]) -> Any:
+        config = MethodConfig.from_mapping({"init_rank": 3, "alpha": 6} | section)
+        return assemble(nn.Sequential(nn.Linear(6, 4)), config, total_steps=9).layers["0"]
+
+    assert layer({"name": "dora"}).detach_norm
+    assert not layer({"name": "dora", "magnitude": {"detach_norm": False}}).detach_norm
+    scalar = layer({"name": "hyperdora", "magnitude": {"form": "scalar"}})
+    assert isinstance(scalar, ScaledLoRALinear)
+    assert layer({"name": "dylora", "sampling": {"frozen": True}}).frozen
+    assert not layer({"name": "hyperdylora"}).frozen
+    assert {layer({"name": name}).scaling for name in ("lora", "dora", "dylora")} == {2.0}

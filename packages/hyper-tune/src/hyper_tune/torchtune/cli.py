@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from hyper_tune import parallel
+from hyper_tune.entry import for_method, refuse_other_method
 from hyper_tune.errors import (
     EXIT_INTERRUPTED,
     EXIT_MISTAKE,
@@ -20,7 +21,9 @@ from hyper_tune.errors import (
     StoppedError,
     UserError,
 )
-from hyper_tune.packaged import read_configuration
+from hyper_tune.method import METHODS
+from hyper_tune.overrides import apply_overrides
+from hyper_tune.packaged import choose_data_, find_config, packaged_configs, read_config
 from hyper_tune.torchtune.fine_tune import fine_tune
 from hyper_tune.torchtune.results import say
 from hyper_tune.torchtune.settings import COMPONENTS
@@ -28,27 +31,54 @@ from hyper_tune.torchtune.settings import COMPONENTS
 _PATIENCE_SECONDS = 5
 
 
-def main() -> None:
-    """Run the recipe as `tune run` calls it: ``--config NAME key=value …`` in ``sys.argv``."""
+def main(method: str | None = None) -> None:
+    """Run the recipe as `tune run` calls it: ``--config NAME key=value …`` in ``sys.argv``.
+
+    ``method``: what the entry point trains; None takes what the configuration names.
+    """
     warnings.showwarning = _one_line_warning
     try:
-        config = configuration(sys.argv[1:])
+        config = configuration(sys.argv[1:], method)
     except UserError as error:
         sys.exit(_report(error))
     sys.exit(_run(config))
 
 
-def configuration(arguments: Sequence[str]) -> DictConfig:
+def configuration(arguments: Sequence[str], method: str | None = None) -> DictConfig:
     """Return the configuration that ``--config NAME key=value ~key …`` describes.
 
+    ``method``: as for `main`; see `for_method`.
+
     Raises:
-        UserError: no such configuration, a file that is not YAML, or an override that cannot be.
+        UserError: no such configuration, a file that is not YAML, an override that cannot be, or
+            another method's name.
     """
     if "--config" not in arguments[:-1]:
         raise UserError("--config is missing; give the name of a configuration or a file.")
     position = arguments.index("--config")
-    words = [*arguments[:position], *arguments[position + 2 :]]
-    return read_configuration(arguments[position + 1], words, COMPONENTS)
+    name = arguments[position + 1]
+    loaded = read_config(find_config(name))
+    words = choose_data_(loaded, [*arguments[:position], *arguments[position + 2 :]])
+    if method is None:
+        return apply_overrides(loaded, words, COMPONENTS)
+    packaged = name in packaged_configs()
+    config = apply_overrides(for_method(loaded, method, packaged=packaged), words, COMPONENTS)
+    refuse_other_method(config, method)
+    _warn_of_learning_rate(loaded, config, method)
+    return config
+
+
+def _warn_of_learning_rate(loaded: DictConfig, config: DictConfig, method: str) -> None:
+    """Say that a rate which was made for hypernetworks is now that of the factors themselves."""
+    before, now = (OmegaConf.select(each, "optimizer.lr") for each in (loaded, config))
+    made_for = METHODS.get(str(OmegaConf.select(loaded, "method.name")))
+    if before == now and made_for and made_for.generated and not METHODS[method].generated:
+        warnings.warn(
+            f"optimizer.lr is {now}, which the configuration has for {loaded.method.name}, whose "
+            f"steps reach hypernetworks; {method} trains the factors themselves, for which "
+            "torchtune's LoRA has 3e-4: set optimizer.lr.",
+            stacklevel=2,
+        )
 
 
 def _run(config: DictConfig) -> int:
