@@ -121,35 +121,50 @@ def pruned(kit):
     return allocator, live
 
 
-def test_timeline_by_module_is_refused_where_components_woke_up(kit):
-    layers = {f"layers.{i}.q": kit.triplet(4, 5, 6) for i in range(2)}
-    allocator = RankAllocator(layers, FixedGrowth(2, 6, 2, 1), direction="grow")
-    for _ in range(2):
-        allocator.step()
-    assert kit.error_text(rank_timeline, allocator.history, 2, allocator.changed()) == (
-        "changed says only when a component last fell or woke up, but in this history some woke "
-        "up; leave changed out, for the line of all modules."
-    )
-    line = rank_timeline(allocator.history, 2).axes[0].lines[0]
-    assert line.get_xydata().tolist() == [[0, 2], [1, 4], [2, 6]]
-
-
 def test_a_table_of_one_row_is_refused(kit):
     text = kit.error_text(schedule_table, FixedPruning(8, 4, 2, 2), 10, rows=1)
     assert text == "rows is 1, but must be at least 2, for the start and the end."
 
 
-def test_timeline_has_the_ranks_after_every_allocation(kit):
-    allocator, live = pruned(kit)
-    figure = rank_timeline(allocator.history, 12, allocator.changed())
-    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
-    steps = [0, 2, 4, 6]
-    assert lines["all"] == [[step, live[step]] for step in steps]
-    both = [[step, q + v] for (step, q), (_, v) in zip(lines["q"], lines["v"], strict=True)]
-    assert both == lines["all"]
-    for module in "qv":
-        last = sum(rank for name, rank in allocator.ranks().items() if name.endswith(module))
-        assert lines[module][-1] == [6, last]
+@pytest.mark.parametrize(
+    ("direction", "schedule"),
+    [
+        ("prune", FixedPruning(12, 5, 3, 2)),
+        ("regrow", CubicBudget(12, 5, 8, cooldown=1, interval=2)),
+        ("grow", FixedGrowth(4, 10, 2, 2)),
+    ],
+)
+def test_timeline_has_the_ranks_after_every_allocation(kit, direction, schedule):
+    names = ("layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v")
+    layers = {name: kit.triplet(3, 4, 5, mask=False) for name in names}
+    allocator = RankAllocator(layers, schedule, direction=direction)
+    seen = {0: allocator.ranks()}
+    for _ in range(7):
+        for layer in layers.values():
+            torch.nn.init.normal_(layer.lam)
+        done = allocator.step()
+        if done is not None:
+            seen[done.step] = allocator.ranks()
+    assert len(seen) > 3
+    figure = rank_timeline(allocator.history, schedule.initial, allocator.ranks())
+    above, below = figure.axes
+    (everything,) = above.lines
+    steps = list(seen)
+    live = [[step, sum(ranks.values())] for step, ranks in seen.items()]
+    assert everything.get_xydata().tolist() == live
+    assert above.get_title() == "all modules"
+    lines = {line.get_label(): line.get_xydata().tolist() for line in below.lines}
+    assert lines == {
+        kind: [[s, sum(n for name, n in seen[s].items() if name[-1] == kind)] for s in steps]
+        for kind in "qv"
+    }
+    # What is drawn above hides nothing below, and the other way round.
+    assert above.get_position().y0 >= below.get_position().y1
+    assert [text.get_text() for text in below.get_legend().get_texts()] == ["q", "v"]
+    assert (
+        rank_timeline(allocator.history, schedule.initial).axes[0].lines[0].get_xydata().tolist()
+        == live
+    )
 
 
 def test_histogram_counts_every_component(kit):

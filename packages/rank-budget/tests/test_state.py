@@ -165,7 +165,6 @@ def test_the_state_is_what_changes_the_next_step():
         "matrices": list,
         "made_with": dict,
         "alive": torch.Tensor,
-        "changed": torch.Tensor,
         "importance": torch.Tensor,
         "score": dict,
         "history": dict,
@@ -328,7 +327,6 @@ FAULTS = {
     "incomplete": (cut("alive"), "the saved state lacks alive, expected what state_dict"),
     "foreign": (put(1, "model"), "the saved state has model, expected what state_dict"),
     "steps": (put("3", "steps"), "the saved steps is a str, expected a whole number, 0 or more"),
-    "changed": (put(torch.zeros(7), "changed"), "changed is torch.float32 (7,), expected torch."),
     "importance": (put([0.0], "importance"), "importance is a list, expected a tensor (7,)"),
     "history": (cut("history", "stats"), "the saved history is a dict, expected a mapping of"),
     "budgets": (put([], "history", "budgets"), "the saved budgets is a list, expected 2 of them"),
@@ -404,17 +402,3 @@ def test_the_history_says_which_components_fell_and_woke_up(direction):
         counts = [tuple(sum(map(len, part.values())) for part in pair) for pair in found]
         assert counts == [(done.pruned, done.grown) for done in history]
     assert direction != "regrow" or all(any(pair[side] for pair in expected) for side in (0, 1))
-
-
-def test_when_each_component_fell_is_kept():
-    layers = layers_of()
-    allocator = make("prune", layers)
-    alive = {name: [True] * layer.lam.numel() for name, layer in layers.items()}
-    fell = {name: [0] * layer.lam.numel() for name, layer in layers.items()}
-    for step, (_, masks, _) in enumerate(run(allocator, layers, range(STEPS)), 1):
-        for name, mask in masks.items():
-            for i, lives in enumerate(mask):
-                if alive[name][i] and not lives:
-                    fell[name][i] = step
-        alive = masks
-    assert {name: steps.tolist() for name, steps in allocator.changed().items()} == fell

@@ -98,7 +98,6 @@ class RankAllocator:
         self._scored = False
         self._importance = torch.zeros_like(roster.alive, dtype=torch.float32)
         self._lowest = torch.full_like(self._importance[:1], -torch.inf)
-        self._changed = torch.zeros_like(self._layout.matrix)
         self.steps = 0
         self.skipped = 0
         self.attached = False
@@ -225,7 +224,6 @@ class RankAllocator:
         self._alive = self._plan.choose(scores, before, self._layout, budget, spared)
         changes = before ^ self._alive
         self._importance = scores
-        self._changed.masked_fill_(changes, self.steps)
         fell = changes if self._plan.direction == "prune" else changes & before
         stats = stats_of(scores, changes, fell, self._alive, self._lowest)
         allocation = Allocation(self.steps, budget, stats, changes, fell, self._roster.ranks)
@@ -251,10 +249,6 @@ class RankAllocator:
         """Return the scores of the last allocation, (rank,), by name; zero before the first."""
         return self._roster.by_matrix(self._importance)
 
-    def changed(self) -> dict[str, Tensor]:
-        """Return the step at which each component last fell or woke up, 0 if never, by name."""
-        return self._roster.by_matrix(self._changed)
-
     def state_dict(self) -> dict[str, Any]:
         """Return steps, masks, averages and history, as plain values and tensors; some are live."""
         return {
@@ -264,7 +258,6 @@ class RankAllocator:
             "matrices": [[name, rank] for name, rank in self._roster.ranks.items()],
             "made_with": {**self._made_with, "schedule": described(self.schedule)},
             "alive": self._alive,
-            "changed": self._changed,
             "importance": self._importance,
             "score": self._scorer.state_dict(),
             "history": history_state(self.history),
@@ -288,7 +281,6 @@ class RankAllocator:
         self._scorer.load_state_dict(state["score"])
         self.history = history
         self._alive = state["alive"].to(device).clone()
-        self._changed = state["changed"].to(device).clone()
         self._importance = state["importance"].to(device).clone()
         self.steps, self.skipped = state["steps"], state["skipped"]
         self._budget = state["budget"]

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _figure(caller: str, width: float, height: float) -> "tuple[Figure, Any]":
+def _figure(caller: str, width: float, height: float, rows: int = 1) -> "tuple[Figure, Any]":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         message = f"{caller} draws with matplotlib; pip install 'rank-budget[plot]'."
         raise BudgetError(message) from error
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows, sharex=True)
 
 
 def rank_heatmap(ranks: Mapping[str, int], initial: int) -> "Figure":
@@ -73,45 +73,54 @@ def schedule_plot(schedule: Schedule, total_steps: int) -> "Figure":
 
 
 def rank_timeline(
-    history: Sequence[Allocation], initial: int, changed: Mapping[str, Tensor] | None = None
+    history: Sequence[Allocation], initial: int, ranks: Mapping[str, int] | None = None
 ) -> "Figure":
     """Return a matplotlib figure of the live ranks over the steps.
 
-    ``history``: of a `RankAllocator`; ``initial``: ranks of all matrices at the start.
-    ``changed``: what `RankAllocator.changed` returns, for a line per kind of module, where
-    components fell for good.
+    ``history``: of a `RankAllocator`; ``initial``: ranks of all matrices at the start. ``ranks``:
+    what `RankAllocator.ranks` returns now, for a line per kind of module, on axes of their own
+    below those of all modules. This reads which components fell and woke up from the device.
 
     Raises:
-        BudgetError: matplotlib is not installed, or ``changed`` where components woke up.
+        BudgetError: matplotlib is not installed.
 
     >>> history = [Allocation(2, 3, torch.tensor([1.0, 1, 3, 0.5]))]
     >>> rank_timeline(history, initial=4).axes[0].lines[0].get_xydata().tolist()
     [[0.0, 4.0], [2.0, 3.0]]
     """
-    if changed and any(done.grown for done in history):
-        raise BudgetError(
-            "changed says only when a component last fell or woke up, but in this history some "
-            "woke up; leave changed out, for the line of all modules."
-        )
-    figure, axes = _figure("rank_timeline", 6, 3)
-    points = [(0, initial), *((done.step, done.live) for done in history)]
-    axes.step(*zip(*points, strict=True), where="post", color="black", label="all")
-    for module, fallen in _fallen_by_module(changed or {}).items():
-        live = [(fallen.logical_not() | (fallen > step)).sum().item() for step, _ in points]
-        axes.step([step for step, _ in points], live, where="post", label=module)
-    axes.set(xlabel="optimizer step", ylabel="live ranks", ylim=(0, None))
-    if changed:
-        axes.legend(loc="best")
+    figure, drawn = _figure("rank_timeline", 6, 5 if ranks else 3, 2 if ranks else 1)
+    axes = list(drawn) if ranks else [drawn]
+    steps = [0, *(done.step for done in history)]
+    live = [initial, *(done.live for done in history)]
+    axes[0].step(steps, live, where="post", color="black", label="all")
+    axes[0].set(ylabel="live ranks", ylim=(0, None), title="all modules" if ranks else None)
+    if ranks:
+        for module, counts in _by_module(history, ranks).items():
+            axes[1].step(steps, counts, where="post", label=module)
+        axes[1].set(ylabel="live ranks", ylim=(0, None), title="by kind of module")
+        axes[1].legend(loc="best")
+    axes[-1].set_xlabel("optimizer step")
     return figure
 
 
-def _fallen_by_module(changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the steps at which the components of each kind of module fell, 0 if never."""
-    place = {name: number for number, name in enumerate(changed)}
-    listed = list(changed.values())
-    _, modules, cells = grid_of(place)
+def _by_module(history: Sequence[Allocation], ranks: Mapping[str, int]) -> dict[str, list[int]]:
+    """Return the live ranks of each kind of module at the start and after each allocation."""
+    now = dict(ranks)
+    states = [now]
+    for done in reversed(history):
+        now = dict(now)
+        for name, fell in done.pruned_components.items():
+            now[name] += len(fell)
+        for name, woke in done.grown_components.items():
+            now[name] -= len(woke)
+        states.insert(0, now)
+    _, modules, cells = grid_of({name: place for place, name in enumerate(ranks)})
+    names = list(ranks)
     return {
-        module: torch.cat([listed[place] for (_, kind), place in cells.items() if kind == module])
+        module: [
+            sum(state[names[place]] for (_, kind), place in cells.items() if kind == module)
+            for state in states
+        ]
         for module in modules
     }
 

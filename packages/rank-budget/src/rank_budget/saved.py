@@ -71,7 +71,7 @@ def check_state(saved: Mapping[str, Any], here: Mapping[str, Any], *, ranks: boo
         number = saved[field]
         if not isinstance(number, int) or number < 0:
             raise damaged(field, number, "a whole number, 0 or more")
-    for field in ("alive", "changed", "importance"):
+    for field in ("alive", "importance"):
         dtype = None if field == "importance" else here[field].dtype
         check_tensor(field, saved[field], here[field].shape, dtype)
     live = int(saved["alive"].sum())
