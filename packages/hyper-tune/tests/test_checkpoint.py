@@ -251,3 +251,22 @@ def test_damaged_newer_checkpoints_do_not_push_out_the_one_just_written(tmp_path
     assert (step, len(reports)) == (14, 2)
     assert_same(found, state(14))
     assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [12, 14, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        ({"note": "x" * (1 << 20)}, r"^\d+ bytes of JSON, at most 1048576 are read$"),
+        ({"note": [[]] * 50_001}, r"^50003 lists and objects, at most 50000 are read$"),
+        (
+            {f"{n:0200}": torch.zeros(0) for n in range(5_000)},
+            r"^\d+ bytes of names and shapes of tensors, at most 1048576 are read$",
+        ),
+    ],
+    ids=["values", "lists", "tensors"],
+)
+def test_what_could_not_be_read_again_is_not_saved(folder: Path, state: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        write_checkpoint(folder, 4, state)
+    assert len(list(folder.iterdir())) == 3
+    assert read_newest(folder)[0] == 3

@@ -23,8 +23,8 @@ from hyper_tune.tree import flatten, unflatten
 
 TENSORS, PLAIN = "state.safetensors", "state.json"
 _PREFIX = "step-"
-# What is parsed takes many times its size: bounds for a file that was made to exhaust the memory.
-_PLAIN_LIMIT, _HEADER_LIMIT = 2 << 20, 4 << 20
+# In bytes. What is parsed takes many times its text, and a file may be made to exhaust the memory.
+_LIMIT = 1 << 20
 
 
 def _folder(folder: Path, step: int) -> Path:
@@ -59,7 +59,7 @@ def write_checkpoint(folder: Path, step: int, state: Any, *, keep: int = 3) -> P
         TENSORS: save({key: value.contiguous() for key, value in tensors.items()}),
         PLAIN: json.dumps(plain, allow_nan=False).encode(),
     }
-    _refuse_too_large(contents)
+    _plain_of(contents)  # Refuses what could not be read again.
     make_folder(folder)
     remove_temporary(folder)
     final = _folder(folder, step)
@@ -79,19 +79,19 @@ def write_checkpoint(folder: Path, step: int, state: Any, *, keep: int = 3) -> P
     return final
 
 
-def _refuse_too_large(contents: Mapping[str, bytes]) -> None:
-    """Refuse what could not be read again: too many plain values, or too many tensors.
+def _plain_of(contents: Mapping[str, bytes]) -> Any:
+    """Return the plain values of a checkpoint's files, of which nothing else is looked at.
 
     Raises:
-        ValueError: says which, with what is there and what is read.
+        ValueError: there are more than are read, of plain values or of tensors, or not one way to
+            read them.
     """
-    header = int.from_bytes(contents[TENSORS][:8], "little")
-    for what, size, limit in (
-        ("names and shapes of tensors", header, _HEADER_LIMIT),
-        ("plain values", len(contents[PLAIN]), _PLAIN_LIMIT),
-    ):
-        if size > limit:
-            raise ValueError(f"{size} bytes of {what}, at most {limit} are read")
+    size = int.from_bytes(contents[TENSORS][:8], "little")
+    # safetensors takes the last of two tensors of one name; others might take the first.
+    if size > _LIMIT:
+        raise ValueError(f"{size} bytes of names and shapes of tensors, at most {_LIMIT} are read")
+    strict_json.parse(contents[TENSORS][8 : 8 + size], _LIMIT)
+    return strict_json.parse(contents[PLAIN], _LIMIT)
 
 
 def _set_aside_if_damaged(path: Path) -> None:
@@ -142,8 +142,7 @@ def _read(path: Path) -> Any:
     try:
         verify(path)
         contents = {name: (path / name).read_bytes() for name in (TENSORS, PLAIN)}
-        _refuse_too_large(contents)
-        plain = strict_json.parse(contents[PLAIN], _PLAIN_LIMIT)
+        plain = _plain_of(contents)
         return unflatten(load(contents[TENSORS]), plain)
     except DamagedError:
         raise

@@ -3,12 +3,15 @@
 import json
 from typing import Any, NoReturn
 
+_PARTS = 50_000
+
 
 def parse(content: bytes, limit: int) -> Any:
     """Return the value of a JSON text of at most ``limit`` bytes.
 
     Raises:
-        ValueError: it is longer, not JSON, names a key twice, or has a number that is not finite.
+        ValueError: it is longer, not JSON, has more than 50,000 lists and objects, which take many
+            times their text, names a key twice, or has a number that is not finite.
         RecursionError: it is nested too deeply.
 
     >>> parse(b'{"step": 3}', 100)
@@ -16,6 +19,9 @@ def parse(content: bytes, limit: int) -> Any:
     """
     if len(content) > limit:
         raise ValueError(f"{len(content)} bytes of JSON, at most {limit} are read")
+    parts = content.count(b"[") + content.count(b"{")
+    if parts > _PARTS:
+        raise ValueError(f"{parts} lists and objects, at most {_PARTS} are read")
     return json.loads(content, object_pairs_hook=_object, parse_constant=_refuse_constant)
 
 

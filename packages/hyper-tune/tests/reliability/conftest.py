@@ -1,5 +1,6 @@
 """Jobs that are forked and struck, how often, and where the measured figures go."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -184,3 +186,19 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
 def job_config(make_config: Callable[..., Path]) -> Callable[..., Path]:
     """Return what writes the configuration of a short run: pruned at the steps 3 and 6."""
     return lambda **keys: make_config(**{"gradient_accumulation_steps": 1, **keys})
+
+
+@pytest.fixture(scope="session")
+def disk_model() -> ModuleType:
+    """The model of a disk whose power fails."""
+    return load_beside("disk_model")
+
+
+def load_beside(name: str) -> ModuleType:
+    """Import a module of this folder, which is not on the path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
