@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchtune import training
 from tqdm import tqdm
 
@@ -207,11 +208,14 @@ class FineTuning:
             for indices in batches:
                 samples = [self.data[index] for index in indices]
                 tokens, labels = collate(samples, self.tokenizer.pad_id, self.device)
-                with self.offloading:
-                    logits = self.model(tokens)
-                loss = cross_entropy_sum(logits, labels)
+                loss = cross_entropy_sum(self._logits(tokens), labels)
                 step.backward(loss, (labels != IGNORE_INDEX).sum())
         return step.report
+
+    def _logits(self, tokens: Tensor) -> list[Tensor]:
+        with self.offloading:
+            logits: list[Tensor] = self.model(tokens)
+        return logits
 
     def _every(self, interval: int | None) -> bool:
         return interval is not None and self.step % interval == 0
