@@ -79,6 +79,7 @@ class RecipeSettings:
     split_generation: SplitGeneration = False
     device: str = "cpu"
     dtype: str = "fp32"
+    quantize_base: bool = False
     save_every_n_steps: int = 100
     keep_checkpoints: int = 3
     validate_every_n_steps: int | None = None
@@ -97,6 +98,7 @@ class RecipeSettings:
             "enable_activation_checkpointing",
             "enable_activation_offloading",
             "fsdp_cpu_offload",
+            "quantize_base",
             "resume_from_checkpoint",
             "debug_rank_agreement",
         ):
