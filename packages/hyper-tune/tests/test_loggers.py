@@ -72,7 +72,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     stub.define_metric = lambda *_, **__: None
     stub.log = stub.logged.append
     stub.save = lambda path, base_path: stub.saved.append(path)
-    stub.Image = lambda figure: ("image", type(figure).__name__)
+    stub.Image = lambda pixels: ("image", pixels.shape[2], str(pixels.dtype))
     stub.config = SimpleNamespace(update=lambda values, **_: stub.given.update(config=values))
     module = ModuleType("wandb")
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -179,7 +179,7 @@ def test_several_loggers_get_the_same(
         (6, loss[0]),
         (12, loss[1]),
     ]
-    assert {"ranks": ("image", "Figure"), "global_step": 12} in wandb.logged
+    assert {"ranks": ("image", 4, "uint8"), "global_step": 12} in wandb.logged
     assert wandb.given["project"] == "mine"
     assert wandb.given["resume"] == "allow"
     assert wandb.given["config"]["method"]["name"] == "hyperadalora"

@@ -117,6 +117,16 @@ def _begin_after(logger: Any, step: int) -> None:
 
 def _draw(logger: Any, name: str, make: Callable[[], "Figure"], step: int) -> None:
     if isinstance(logger, WandBLogger):
-        logger._wandb.log({name: logger._wandb.Image(make()), "global_step": step})
+        logger._wandb.log({name: logger._wandb.Image(_pixels(make())), "global_step": step})
     elif isinstance(logger, TensorBoardLogger) and logger._writer is not None:
         logger._writer.add_figure(name, make(), step, close=False)
+
+
+def _pixels(figure: "Figure") -> Any:
+    """Return a picture as an array (rows, columns, 4); W&B takes figures of pyplot's alone."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
