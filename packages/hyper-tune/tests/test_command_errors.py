@@ -329,7 +329,10 @@ def test_an_interruption_says_how_to_go_on(
             {"max_steps": 2},
             r"num_warmup_steps is 2, but the run has 2 steps, so that the learning rate never",
         ),
-        ({"validate_every_n_steps": 2}, "dataset_val is null; nothing is validated"),
+        (
+            {"validate_every_n_steps": 2},
+            "dataset_val is null and validation_fraction too",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:the pruning schedule leaves")

@@ -10,6 +10,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+def stored_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that hold a tensor's bytes: itself, or those that it is quantised into.
+
+    >>> len(stored_parts(torch.ones(3)))
+    1
+    """
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor]
+    return [part for name in flatten()[0] for part in stored_parts(getattr(tensor, name))]
+
+
 class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that operations allocate, while they are alive, by phase.
 
@@ -31,7 +43,8 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._held = {tensor.untyped_storage()._cdata for tensor in held}
+        parts = (part for tensor in held for part in stored_parts(tensor))
+        self._held = {part.untyped_storage()._cdata for part in parts}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._bytes: Counter[str] = Counter()
         self._most = 0
@@ -47,6 +60,8 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operation, and count the storages of what it returns."""
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # the operations that it is made of come by themselves
         returned = function(*args, **(kwargs or {}))
         for value in returned if isinstance(returned, tuple | list) else (returned,):
             if isinstance(value, Tensor):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hyper_tune.errors import UserError
 from hyper_tune.layout import BaseLayout
+from hyper_tune.memory import stored_parts
 from hyper_tune.split import GenerationCost, SplitGeneration
 
 # What is left of a GPU's memory for tensors: the rest goes to the driver's context, the buffers of
@@ -97,10 +98,12 @@ class Rehearsal:
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(part.nbytes for tensor in tensors for part in stored_parts(tensor))
 
 
 def _share(tensor: Tensor, processes: int) -> int:
+    if processes == 1:
+        return _bytes([tensor])
     rows = tensor.shape[0]
     return -(-rows // processes) * (tensor.nbytes // rows)
 

@@ -13,7 +13,8 @@ from hyper_tune.metrics import Metrics
 
 
 class RunFolder:
-    """``checkpoints/``, ``metrics.jsonl``, ``config.yaml``, ``starts.jsonl`` and the results.
+    """``checkpoints/``, ``metrics.jsonl``, ``diagnoses.jsonl``, ``config.yaml``, ``starts.jsonl``
+    and the results.
 
     Only the process that has called `start` writes; the lock goes when it ends, however it ends.
     """
@@ -22,6 +23,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = Metrics(path / "metrics.jsonl")
+        self.diagnoses = Metrics(path / "diagnoses.jsonl")
         self.starts = Metrics(path / "starts.jsonl")
         self._lock: TextIO | None = None
 

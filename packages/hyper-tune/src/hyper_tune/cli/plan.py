@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from hyper_tune.cli.table import print_table
-from hyper_tune.layout import BaseLayout
 from hyper_tune.packaged import read_configuration
 from hyper_tune.plan import USABLE, Rehearsal, gpu_bytes
 
@@ -32,13 +31,13 @@ def plan(
 ) -> None:
     """Print parameters, memory per GPU by part and communication of a step; status 1: no fit."""
     memory_of_gpu = None if gpu is None else gpu_bytes(gpu)
+    from hyper_tune.torchtune.base_model import base_layout
     from hyper_tune.torchtune.rehearsal import longest_sample, rehearse
     from hyper_tune.torchtune.settings import COMPONENTS, RecipeSettings
 
     chosen = read_configuration(config, overrides or [], COMPONENTS)
     settings = RecipeSettings.from_config(chosen)
-    shard, replicate = settings.data_parallel_shard_dim, settings.data_parallel_replicate_dim
-    layout = BaseLayout.of(nproc, shard, replicate)
+    layout = base_layout(settings, nproc)
     tokens = length or longest_sample(settings)
     rehearsal = rehearse(settings, tokens)
     memory = rehearsal.memory(layout)

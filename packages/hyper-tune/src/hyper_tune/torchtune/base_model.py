@@ -18,6 +18,7 @@ from hyper_tune.errors import UserError
 from hyper_tune.layout import BaseLayout, own_shard
 from hyper_tune.parallel import shard_base_, world_size
 from hyper_tune.torchtune.components import build
+from hyper_tune.torchtune.nf4 import quantisable, quantised
 from hyper_tune.torchtune.settings import RecipeSettings
 from hyper_tune.torchtune.weights import WeightFiles
 from lowrank_adapters import LowRankLinear, freeze_base_, inside_adapters
@@ -129,6 +130,8 @@ def build_on_meta(settings: RecipeSettings) -> TransformerDecoder:
     """Build the decoder without memory; `load_` gives it weights."""
     with training.set_default_dtype(dtype_of(settings)), torch.device("meta"):
         model: TransformerDecoder = build("model", settings.model)
+    if settings.quantize_base:
+        quantisable(model)  # refuses what is not
     return model
 
 
@@ -150,14 +153,21 @@ def prepare_(
         shard_base_(model, list(model.layers), leaves, layout.mesh(device), offload=offload)
 
 
-def base_layout(settings: RecipeSettings) -> BaseLayout:
-    """Return how the base lies over the processes of this job.
+def base_layout(settings: RecipeSettings, processes: int | None = None) -> BaseLayout:
+    """Return how the base lies over the processes, by default those of this job.
 
     Raises:
-        UserError: the settings ask for another number of processes.
+        UserError: the settings ask for another number of processes, or for shards of NF4.
     """
     shard, replicate = settings.data_parallel_shard_dim, settings.data_parallel_replicate_dim
-    return BaseLayout.of(world_size(), shard, replicate)
+    layout = BaseLayout.of(processes or world_size(), shard, replicate)
+    if settings.quantize_base and layout.shard > 1:
+        raise UserError(
+            f"quantize_base is set, and the base would be sharded over {layout.shard} processes, "
+            "which NF4 weights are not; run one process, set data_parallel_shard_dim=1 and "
+            "data_parallel_replicate_dim to their number, or set quantize_base=False."
+        )
+    return layout
 
 
 def load_(
@@ -178,12 +188,15 @@ def load_(
         files = weight_files(settings.checkpointer)
         weights = WeightFiles(folder, files, str(settings.checkpointer["model_type"]))
         _refuse_other_model(model, weights.shapes(), layers, settings)
-        places = model.state_dict()
+        places = model.state_dict(keep_vars=True)
+        layers_in_nf4 = quantisable(model).values() if settings.quantize_base else ()
+        in_nf4 = {id(layer.weight) for layer in layers_in_nf4}
         shards_on = torch.device("cpu") if settings.fsdp_cpu_offload else device
-        held = {
-            name: _held(whole, places[name], dtype_of(settings), device, shards_on)
-            for name, whole in ((inside_adapters(n, layers), w) for n, w in weights.tensors())
-        }
+        held = {}
+        for name, whole in weights.tensors():
+            place = places[inside_adapters(name, layers)]
+            kept = _held(whole, place, dtype_of(settings), device, shards_on)
+            held[inside_adapters(name, layers)] = quantised(kept) if id(place) in in_nf4 else kept
     except UserError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:

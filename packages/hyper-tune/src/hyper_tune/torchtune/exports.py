@@ -12,8 +12,9 @@ from torchtune.modules import TransformerDecoder
 from hyper_tune.assembly import Assembly
 from hyper_tune.errors import UserError
 from hyper_tune.merged import Edit, write_merged
-from hyper_tune.torchtune.base_model import check_files, weight_files
+from hyper_tune.torchtune.base_model import check_files, dtype_of, weight_files
 from hyper_tune.torchtune.hf_names import hf_module_name, output_row_order
+from hyper_tune.torchtune.nf4 import as_quantised, quantisable
 from hyper_tune.torchtune.settings import RecipeSettings
 from hyper_tune.torchtune.trained import TrainedRun
 from lowrank_adapters import LowRankLinear
@@ -66,6 +67,8 @@ def export_merged(
         f"{hf_module_name(name)}.weight": _adding(name, layer, partial(order, name))
         for name, layer in run.method.layers.items()
     }
+    if run.settings.quantize_base:
+        edits = _on_quantised(run, edits, order)
     checkpointer = run.settings.checkpointer
     with run.method.at_rank(rank):
         return write_merged(
@@ -89,6 +92,26 @@ def _adding(name: str, layer: LowRankLinear, order: Callable[[Tensor], Tensor]) 
         return layer.merged_weight(weight, order)
 
     return add
+
+
+def _on_quantised(
+    run: TrainedRun, edits: Mapping[str, Edit], order: Callable[[str, Tensor], Tensor]
+) -> dict[str, Edit]:
+    """Return edits of the numbers by which the run multiplied, those of its weights in NF4."""
+    dtype = dtype_of(run.settings)
+
+    def edited(name: str, add: Edit | None) -> Edit:
+        def edit(weight: Tensor) -> Tensor:
+            numbers = as_quantised(weight, dtype, partial(order, name))
+            return numbers if add is None else add(numbers)
+
+        return edit
+
+    plain = (name.removesuffix(".base") for name in quantisable(run.model))
+    in_files = {name: f"{hf_module_name(name)}.weight" for name in plain}
+    return {key: edited(name, edits.get(key)) for name, key in in_files.items()} | {
+        key: add for key, add in edits.items() if key not in in_files.values()
+    }
 
 
 def _row_order(

@@ -23,5 +23,6 @@ def fine_tune(config: DictConfig) -> None:
         if parallel.rank() == 0:
             run.folder.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
             run.folder.starts.append(start_record(run.device))
+            run.loggers.log_config(config)
         run.train()
         parallel.on_rank_zero(lambda: write_report(run.folder.path), run.device)

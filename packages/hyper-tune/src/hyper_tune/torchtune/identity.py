@@ -43,6 +43,7 @@ def run_identity(settings: RecipeSettings, data: TrainingData, total_steps: int)
         "lr_scheduler": settings.lr_scheduler,
         "clip_grad_norm": settings.clip_grad_norm,
         "dtype": settings.dtype,
+        "quantize_base": settings.quantize_base,
     }
     # As a checkpoint gives it back, which turns tuples into lists.
     plain: dict[str, Any] = json.loads(json.dumps(identity))

@@ -1,7 +1,6 @@
 """One fine-tuning run, from its settings to the exported adapter."""
 
 import time
-import warnings
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchtune import training
-from tqdm import tqdm
 
 from hyper_tune import parallel
 from hyper_tune.assembly import assemble
@@ -32,10 +30,12 @@ from hyper_tune.torchtune.batches import Batch, collate
 from hyper_tune.torchtune.components import build, build_tokenizer
 from hyper_tune.torchtune.evaluate import Questions, held_out_loss, peak_memory_mib
 from hyper_tune.torchtune.identity import run_identity
-from hyper_tune.torchtune.results import progress_text, say, step_row, write_results
+from hyper_tune.torchtune.loggers import Loggers
+from hyper_tune.torchtune.reporting import Reporter
+from hyper_tune.torchtune.results import say, step_row, write_results
 from hyper_tune.torchtune.samples import Samples, open_training_data
 from hyper_tune.torchtune.saved_state import restore_, state_of
-from hyper_tune.torchtune.settings import RecipeSettings
+from hyper_tune.torchtune.settings import RecipeSettings, warn_of_no_effect
 
 
 class FineTuning:
@@ -61,6 +61,7 @@ class FineTuning:
         self._peers = Peers()
         self._stop = StopRequest()
         self.seconds: list[float] = []
+        self.loggers = Loggers([], step=0, warn=say)
 
     def __enter__(self) -> "FineTuning":
         try:
@@ -100,7 +101,7 @@ class FineTuning:
             self.optimizer,
             num_training_steps=self.total_steps,
         )
-        _warn_of_long_warmup(settings, self.total_steps)
+        warn_of_no_effect(settings, self.total_steps, has_held_out=self.data.held_out is not None)
         self._open_run_folder()
         say(f"loading the base from {settings.checkpointer['checkpoint_dir']}")
         prepare_(model, settings, self.method.stack.leaf_parameters(), self.device)
@@ -116,6 +117,7 @@ class FineTuning:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.loggers.close()
         self.folder.close()
         if error is not None:
             self._explain(error)
@@ -138,11 +140,6 @@ class FineTuning:
         if settings.exact_match is not None:
             self.questions = Questions(self.tokenizer, **settings.exact_match)
             self.questions.refuse_unfit(**model)
-        if settings.validate_every_n_steps is not None and self.data.held_out is None:
-            warnings.warn(
-                "validate_every_n_steps is set, but dataset_val is null; nothing is validated.",
-                stacklevel=1,
-            )
 
     def _open_run_folder(self) -> None:
         settings = self.settings
@@ -153,7 +150,12 @@ class FineTuning:
         elif resume:
             say(f"no checkpoint in {self.folder.checkpoints}; starting at step 0")
         parallel.agree(self.step, "the step to resume from", self.device)
-        parallel.on_rank_zero(lambda: self.folder.metrics.truncate_after(self.step), self.device)
+        parallel.on_rank_zero(self._keep_rows_up_to_here, self.device)
+
+    def _keep_rows_up_to_here(self) -> None:
+        for rows in (self.folder.metrics, self.folder.diagnoses):
+            rows.truncate_after(self.step)
+        self.loggers = Loggers(self.settings.metric_loggers, step=self.step, warn=say)
 
     def _resume(self) -> None:
         step, state, reports = read_newest(self.folder.checkpoints)
@@ -167,18 +169,9 @@ class FineTuning:
         """Run to the last step, evaluate before and after, write adapter and summary."""
         if self.step == 0 and not self.before:
             self.before = self.evaluate()
-        progress = tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            desc=self.settings.method.name,
-            unit="step",
-            disable=parallel.rank() != 0,
-        )
-        with progress, self._stop:
+        with Reporter(self) as reporter, self._stop:
             while self.step < self.total_steps:
-                row = self._train_step()
-                progress.update()
-                progress.set_postfix_str(progress_text(row, self.method.total_ranks))
+                reporter.add(self._train_step())
         self._finish()
 
     def _train_step(self) -> dict[str, Any]:
@@ -295,13 +288,3 @@ class FineTuning:
     def _finish(self) -> None:
         after = self.evaluate()
         parallel.on_rank_zero(lambda: write_results(self, after), self.device)
-
-
-def _warn_of_long_warmup(settings: RecipeSettings, total_steps: int) -> None:
-    warmup = settings.lr_scheduler.get("num_warmup_steps")
-    if isinstance(warmup, int) and warmup >= total_steps:
-        warnings.warn(
-            f"lr_scheduler.num_warmup_steps is {warmup}, but the run has {total_steps} steps, so "
-            "that the learning rate never reaches optimizer.lr; lower it.",
-            stacklevel=1,
-        )

@@ -1,6 +1,7 @@
 """A recipe's configuration: every key known, every value checked before any work."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,15 @@ COMPONENTS = (
     "dataset_val",
     "optimizer",
     "lr_scheduler",
+    "metric_logger",
 )
 CHECKPOINTERS = ("torchtune.training.FullModelHFCheckpointer",)
+# Those of torchtune's checkpointer. Only the folder, its files and their model are used here.
+CHECKPOINTER_KEYS = {
+    *("_component_", "checkpoint_dir", "checkpoint_files", "model_type", "output_dir"),
+    *("recipe_checkpoint", "adapter_checkpoint", "resume_from_checkpoint"),
+    *("safe_serialization", "should_load_recipe_state"),
+}
 DEVICES = ("cpu", "cuda")
 DTYPES = ("fp32", "bf16")
 MODEL_TYPES = ("LLAMA3", "LLAMA3_2", "QWEN2")
@@ -79,9 +87,13 @@ class RecipeSettings:
     split_generation: SplitGeneration = False
     device: str = "cpu"
     dtype: str = "fp32"
+    quantize_base: bool = False
     save_every_n_steps: int = 100
     keep_checkpoints: int = 3
     validate_every_n_steps: int | None = None
+    metric_logger: Component | Sequence[Component] | None = None
+    log_every_n_steps: int = 10
+    diagnose_every_n_steps: int | None = None
     max_skipped_steps: int = 5
     resume_from_checkpoint: bool = False
     collective_timeout_seconds: float = 600
@@ -97,6 +109,7 @@ class RecipeSettings:
             "enable_activation_checkpointing",
             "enable_activation_offloading",
             "fsdp_cpu_offload",
+            "quantize_base",
             "resume_from_checkpoint",
             "debug_rank_agreement",
         ):
@@ -123,9 +136,10 @@ class RecipeSettings:
             "save_every_n_steps",
             "keep_checkpoints",
             "max_skipped_steps",
+            "log_every_n_steps",
         ):
             require_number(name, getattr(self, name), whole=True, least=1)
-        for name in ("max_steps", "validate_every_n_steps"):
+        for name in ("max_steps", "validate_every_n_steps", "diagnose_every_n_steps"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), whole=True, least=1)
         require_number("collective_timeout_seconds", self.collective_timeout_seconds, above=0)
@@ -166,6 +180,7 @@ class RecipeSettings:
         for key in ("recipe_checkpoint", "adapter_checkpoint"):
             if self.checkpointer.get(key) is not None:
                 raise UserError(f"checkpointer.{key} is not read; remove it.")
+        known_fields("checkpointer", self.checkpointer, CHECKPOINTER_KEYS)
         require_choice(
             "checkpointer.model_type", str(self.checkpointer.get("model_type")), MODEL_TYPES
         )
@@ -174,6 +189,14 @@ class RecipeSettings:
                 "checkpointer.checkpoint_dir is missing; give the folder of the base's weights."
             )
         require_text("checkpointer.checkpoint_dir", self.checkpointer["checkpoint_dir"])
+
+    @property
+    def metric_loggers(self) -> Sequence[Component]:
+        """The sections of the loggers, of which there may be none, one or a list."""
+        given = self.metric_logger
+        if given is None or isinstance(given, Mapping):
+            return [given] if given else []
+        return given
 
     @classmethod
     def from_config(cls, config: DictConfig) -> "RecipeSettings":
@@ -190,7 +213,9 @@ class RecipeSettings:
             if values.get(key) is None:
                 raise UserError(f"configuration: the key {key!r} is missing; add it to the file.")
         for key in COMPONENTS:
-            _check_component(key, values.get(key))
+            several = key == "metric_logger" and isinstance(values.get(key), list)
+            for section in values[key] if several else [values.get(key)]:
+                _check_component(key, section)
         if not isinstance(values["method"], dict):
             raise UserError("configuration: method must be a section of keys, such as name.")
         values["method"] = MethodConfig.from_mapping(values["method"])
@@ -210,4 +235,21 @@ def _check_component(key: str, section: Any) -> None:
         raise UserError(
             f"configuration: {key} names no component; write {key}._component_=NAME, or give a "
             "section with that key."
+        )
+
+
+def warn_of_no_effect(settings: RecipeSettings, total_steps: int, *, has_held_out: bool) -> None:
+    """Warn of settings that change nothing in a run of ``total_steps``."""
+    if settings.validate_every_n_steps is not None and not has_held_out:
+        warnings.warn(
+            "validate_every_n_steps is set, but dataset_val is null and validation_fraction too; "
+            "nothing is validated.",
+            stacklevel=1,
+        )
+    warmup = settings.lr_scheduler.get("num_warmup_steps")
+    if isinstance(warmup, int) and warmup >= total_steps:
+        warnings.warn(
+            f"lr_scheduler.num_warmup_steps is {warmup}, but the run has {total_steps} steps, so "
+            "that the learning rate never reaches optimizer.lr; lower it.",
+            stacklevel=1,
         )
