@@ -8,6 +8,7 @@ milliseconds, and of the quotient of PEFT's and ours within a round.
 """
 
 import argparse
+import os
 import platform
 import statistics
 import time
@@ -42,6 +43,7 @@ STEPS = 10**6  # far from the end, where both would stop
 INTERVAL = 2
 KINDS = ("between", "allocating")
 PASSES = 8
+LOAD = os.getloadavg()[0]
 
 
 class Counted(TorchDispatchMode):
@@ -170,14 +172,16 @@ def counted(step: Callable[[], None]) -> int:
 
 def operations(shapes: dict[str, tuple[int, int]], layers: int, *, runs: bool) -> dict[str, int]:
     """Return those of a step that allocates; without ``runs``, as on an accelerator."""
-    cached, arena.CACHED = arena.CACHED, arena.CACHED if runs else 2**62
+    limits = arena.CACHED, arena.LARGE
+    if not runs:
+        arena.CACHED = arena.LARGE = 2**62
     try:
         steps = allocators(shapes, layers)
+        for step in steps.values():
+            step()
+        return {name: counted(step) for name, step in steps.items()}
     finally:
-        arena.CACHED = cached
-    for step in steps.values():
-        step()
-    return {name: counted(step) for name, step in steps.items()}
+        arena.CACHED, arena.LARGE = limits
 
 
 def times(steps: dict[str, Callable[[], None]], rounds: int) -> dict[tuple[str, str], list[float]]:
@@ -252,7 +256,8 @@ def report(layers: int, rounds: int, threads: list[int]) -> str:
         f"`python benchmarks/rank_allocation.py --layers {layers} --rounds {rounds} --threads "
         f"{listed}` with PyTorch {torch.__version__}, PEFT {peft.__version__}, "
         f"{platform.processor() or platform.machine()}, on a CPU. Times are medians of {rounds} "
-        "rounds that take turns, quotients medians of those within a round. Operations are those "
+        "rounds that take turns, quotients medians of those within a round; other work kept "
+        f"{LOAD:.0f} processes of the machine waiting or running at the start. Operations are those "
         "of a step that allocates, views left out: first where all is one run, as on an "
         "accelerator or where a CPU's cache holds it, then here, in runs that the cache holds.",
         "",

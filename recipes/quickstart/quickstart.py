@@ -20,7 +20,7 @@ from typing import Any
 from base import Settings, make_base
 from world import people
 
-from rank_budget import rank_table
+from rank_budget.tables import rank_table
 
 # People, each of whom three questions are asked about; the rest of the base's people train.
 HELD_OUT = {"validation": 30, "test": 50}

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lowrank_adapters import SVD, export_peft, inject_adapters_
-from rank_budget import OneShot, RankAllocator, ranked_layers, total_cost
+from rank_budget import OneShot, RankAllocator, ranked_layers
+from rank_budget.costs import total_cost
 
 RANK = 4
 

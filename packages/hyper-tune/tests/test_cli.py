@@ -20,7 +20,7 @@ from hyper_tune.method import METHODS
 from hyper_tune.packaged import packaged_configs, packaged_data
 from hyper_tune.torchtune.components import build_tokenizer
 from hyper_tune.torchtune.trained import open_trained
-from rank_budget import rank_table
+from rank_budget.tables import rank_table
 
 Run = Callable[..., None]
 ConfigMaker = Callable[..., Path]

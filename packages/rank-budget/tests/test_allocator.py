@@ -3,16 +3,8 @@
 import pytest
 import torch
 
-from rank_budget import (
-    SCORES,
-    BudgetError,
-    ConstantBudget,
-    FixedPruning,
-    RankAllocator,
-    RankedMatrices,
-    magnitude,
-    sensitivity,
-)
+from rank_budget import BudgetError, ConstantBudget, FixedPruning, RankAllocator, RankedMatrices
+from rank_budget.scores import SCORES, magnitude, sensitivity
 
 
 def make(kit, score="sensitivity", **schedule):

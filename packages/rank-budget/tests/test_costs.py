@@ -3,16 +3,8 @@
 import pytest
 import torch
 
-from rank_budget import (
-    COSTS,
-    CubicBudget,
-    ExportedBytes,
-    FixedPruning,
-    OneShot,
-    RankAllocator,
-    RankedFactors,
-    total_cost,
-)
+from rank_budget import CubicBudget, FixedPruning, OneShot, RankAllocator, RankedFactors
+from rank_budget.costs import COSTS, ExportedBytes, total_cost
 from rank_budget.scores import magnitude
 
 WIDE, NARROW = (4, 30, 20), (4, 3, 2)

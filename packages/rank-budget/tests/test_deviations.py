@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from rank_budget import CubicBudget, FixedPruning, RankAllocator, sensitivity
+from rank_budget import CubicBudget, FixedPruning, RankAllocator
+from rank_budget.scores import sensitivity
 
 
 def test_importance_is_the_sensitivity_of_the_step_by_default(kit):

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import re
 import time
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ REFUSING = {
     *("attach_", "compact_", "ranked_layers", "watch_"),
     *("importance_histogram", "rank_heatmap", "rank_timeline", "schedule_plot", "schedule_table"),
 }
+SUBMODULES = ("costs", "gates", "report", "scores", "tables")
+PUBLIC = list(rank_budget.__all__) + [
+    f"{module}.{name}"
+    for module in SUBMODULES
+    for name in importlib.import_module(f"rank_budget.{module}").__all__
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -34,18 +41,27 @@ def test_docstring_examples_run(name):
     assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
 
 
-@pytest.mark.parametrize("name", sorted(set(rank_budget.__all__) - WITHOUT_EXAMPLE))
+@pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_public_objects_have_an_example_and_those_that_refuse_say_so(name):
-    text = getattr(rank_budget, name).__doc__
+    last = name.rpartition(".")[2]
+    if last in WITHOUT_EXAMPLE:
+        return
+    text = attrgetter(name)(rank_budget).__doc__
     assert ">>> " in text
-    assert ("Raises:" in text) == (name in REFUSING)
+    assert ("Raises:" in text) == (last in REFUSING)
 
 
 def test_all_is_what_the_readme_lists():
     table = README.read_text().split("## What there is")[1].split("| rule |")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    assert sorted(names) == sorted(rank_budget.__all__)
+    names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
+    assert sorted(names) == sorted(PUBLIC)
+
+
+def test_the_reference_lists_what_is_public():
+    page = Path(__file__).parents[3] / "docs" / "reference" / "rank-budget.md"
+    listed = re.findall(r"^::: rank_budget\.([\w.]+)$", page.read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(PUBLIC)
 
 
 def test_readme_example_finds_the_ranks_in_seconds(capsys):

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from rank_budget import OneShot, RankAllocator, Triplet, expected_l0, l0_gate, proximal_gate_
+from rank_budget import OneShot, RankAllocator, Triplet
+from rank_budget.gates import expected_l0, l0_gate, proximal_gate_
 
 
 def sigmoid(x):

@@ -6,20 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from rank_budget import (
-    ConstantBudget,
-    CubicBudget,
-    FixedGrowth,
-    FixedPruning,
-    RankAllocator,
-    importance_histogram,
-    rank_heatmap,
-    rank_table,
-    rank_timeline,
-    scalars,
-    schedule_plot,
-    schedule_table,
-)
+from rank_budget import ConstantBudget, CubicBudget, FixedGrowth, FixedPruning, RankAllocator
+from rank_budget.report import importance_histogram, rank_heatmap, rank_timeline, schedule_plot
+from rank_budget.tables import rank_table, scalars, schedule_table
 
 RANKS = {
     "layers.10.q_proj": 3,

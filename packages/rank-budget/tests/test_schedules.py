@@ -6,14 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rank_budget import (
-    BudgetError,
-    ConstantBudget,
-    CubicBudget,
-    FixedGrowth,
-    FixedPruning,
-    OneShot,
-)
+from rank_budget import BudgetError, ConstantBudget, CubicBudget, FixedGrowth, FixedPruning, OneShot
 
 small = st.integers(0, 40)
 

@@ -148,12 +148,14 @@ def test_averages_of_any_numbers_are_those_of_algorithm_1(twin, kit):
     assert allocator.live_ranks == 1
 
 
+@pytest.mark.parametrize("large", [2**40, 1])
 @pytest.mark.parametrize("most", [1, 9, 30, 50])
-def test_runs_that_a_cache_holds_change_no_bit(kit, monkeypatch, most):
+def test_runs_that_a_cache_holds_change_no_bit(kit, monkeypatch, most, large):
     """Averages, scores and masks are those of one run over everything, whatever happens."""
     found = []
     for numbers in (2**40, most):
         monkeypatch.setattr("rank_budget.arena.CACHED", numbers)
+        monkeypatch.setattr("rank_budget.arena.LARGE", large if numbers == most else 2**40)
         torch.manual_seed(4)
         shapes = {"a": (3, 4, 5), "b": (2, 4, 5), "c": (3, 4, 2), "d": (3, 4, 5)}
         layers = {name: kit.triplet(*shape) for name, shape in shapes.items()}

@@ -8,7 +8,6 @@ import torch
 from rank_budget import (
     ConstantBudget,
     CubicBudget,
-    ExportedBytes,
     FixedPruning,
     Limits,
     NormShare,
@@ -16,7 +15,9 @@ from rank_budget import (
     SmoothedSensitivity,
     Triplet,
 )
-from rank_budget.arena import Arena
+from rank_budget.arena import Arena, arenas_of
+from rank_budget.costs import ExportedBytes
+from rank_budget.stacks import blocks_of_layers
 
 
 def build(kit, names="abc", schedule=None, **options):
@@ -186,6 +187,19 @@ def test_factors_that_are_not_in_one_buffer_are_chosen_from_together(kit, monkey
         assert parts.step() == whole.step()
         torch.testing.assert_close(parts.importance(), whole.importance(), rtol=0, atol=0)
     assert parts.live_ranks == 3
+
+
+def test_factors_are_grouped_by_device(kit, monkeypatch):
+    """On tensors without values, as of an accelerator, all is one run; on a CPU it need not be."""
+    monkeypatch.setattr("rank_budget.arena.CACHED", 1)
+    layers = {name: kit.triplet(3, 4, 5) for name in "abc"}
+    layers["b"] = Triplet(*(torch.zeros(s, device="meta") for s in ((4, 3), 3, (3, 5))))
+    here, there = arenas_of(blocks_of_layers(layers, ("lam", "p", "q")))
+    assert [block.names for block in here.blocks] == [("a", "c")] * 3
+    assert [block.names for block in there.blocks] == [("b",)] * 3
+    assert (len(here.runs), len(there.runs)) == (6, 1)
+    for arena, device in ((here, "cpu"), (there, "meta")):
+        assert {t.device.type for t in (arena.products, arena.scratch, arena.zeros())} == {device}
 
 
 def test_devices_in_any_order_are_chosen_from_together(kit, monkeypatch):

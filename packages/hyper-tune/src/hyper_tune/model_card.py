@@ -8,7 +8,7 @@ from typing import Any
 from hyper_tune.comparison import compare_figures
 from hyper_tune.method import METHODS
 from hyper_tune.run_record import RunRecord
-from rank_budget import rank_table
+from rank_budget.tables import rank_table
 
 CARD = "README.md"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hyper_tune.durable import write_text
 from hyper_tune.model_card import CARD, model_card
 from hyper_tune.run_record import RunRecord
-from rank_budget import rank_heatmap
+from rank_budget.report import rank_heatmap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,6 +11,8 @@ from rank_budget.stacks import Block, wide_dtype
 # Numbers of a run on a CPU. Memory is what a step waits for there, so that all is done to a run
 # while the cache holds it; elsewhere operations are what it waits for, and all is one run.
 CACHED = 2**18
+# Numbers from which a tensor there is worth an operation of its own, which writes it once.
+LARGE = 2**15
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Run:
         ``products`` holds zero.
         """
         missing: set[str] = set()
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        targets: list[Tensor] = []
+        factors: list[Tensor] = []
+        slopes: list[Tensor] = []
         absent: list[Tensor] = []
         for piece, part, places in zip(self.pieces, self.parts, self.places, strict=True):
             values, grads = read[piece.number]
@@ -63,15 +67,19 @@ class Run:
             if piece.block.stacked and grads[0] is not None:
                 _multiply_(part, values[0][span], grads[0][span])
                 continue
+            large = part.device.type == "cpu" and piece.block.numel_of_one >= LARGE
             rows = zip(piece.block.names[span], places, values[span], grads[span], strict=True)
             for name, place, value, grad in rows:
                 if grad is None:
                     missing.add(name)
                     absent.append(place)
+                elif large:
+                    _multiply_(place, value, grad)
                 else:
-                    found.append((place, value, grad))
-        if found:
-            targets, factors, slopes = (list(tensors) for tensors in zip(*found, strict=True))
+                    targets.append(place)
+                    factors.append(value)
+                    slopes.append(grad)
+        if targets:
             torch._foreach_copy_(targets, slopes)
             torch._foreach_mul_(targets, factors)
         if absent:

@@ -7,6 +7,8 @@ import torch
 
 from rank_budget.errors import BudgetError, refuse_class
 
+__all__ = ["COSTS", "ExportedBytes", "total_cost"]
+
 Cost = Callable[[int, int], int]
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+__all__ = ["expected_l0", "l0_gate", "proximal_gate_"]
+
 _BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1
 
 

@@ -11,6 +11,8 @@ from rank_budget.record import Allocation
 from rank_budget.schedules import Schedule
 from rank_budget.tables import changes_of, grid_of
 
+__all__ = ["importance_histogram", "rank_heatmap", "rank_timeline", "schedule_plot"]
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 

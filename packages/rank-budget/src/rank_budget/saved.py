@@ -13,7 +13,8 @@ from rank_budget.errors import BudgetError
 def described(thing: Any) -> str:
     """Return what a schedule, a score or a cost is, as text that is the same in another process.
 
-    >>> from rank_budget import ConstantBudget, magnitude
+    >>> from rank_budget import ConstantBudget
+    >>> from rank_budget.scores import magnitude
     >>> described(ConstantBudget(3)), described(magnitude), described("ranks")
     ('ConstantBudget(initial=3)', 'magnitude', 'ranks')
     """

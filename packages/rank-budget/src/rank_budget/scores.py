@@ -10,6 +10,8 @@ from torch import Tensor
 from rank_budget.errors import BudgetError, refuse_class
 from rank_budget.stacks import Block, Gather
 
+__all__ = ["SCORES", "magnitude", "sensitivity"]
+
 Score = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -7,6 +7,8 @@ from rank_budget.allocator import RankAllocator
 from rank_budget.errors import require, require_whole
 from rank_budget.schedules import Schedule
 
+__all__ = ["rank_table", "scalars", "schedule_table"]
+
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from hyper_tune.run_record import RunRecord
-from rank_budget import rank_heatmap, rank_table
+from rank_budget.report import rank_heatmap
+from rank_budget.tables import rank_table
 
 
 def ranks(
