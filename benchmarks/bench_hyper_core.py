@@ -140,9 +140,10 @@ def products_of(generated: GeneratedParameters) -> Callable[[], None]:
     linears: list[tuple[Tensor, Tensor, bool]] = []
     attentions: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def record(module: StackedLinear, inputs: tuple[Tensor], _: Tensor) -> None:
-        x = inputs[0].detach().flatten(0, 2)
-        linears.append((x, module.weight.detach().squeeze(0), inputs[0].requires_grad))
+    def record(module: StackedLinear, inputs: tuple[Tensor], y: Tensor) -> None:
+        x = inputs[0].detach().flatten(0, 2).to(y.dtype)  # narrow in a narrow body
+        weight = module.weight.detach().squeeze(0).to(y.dtype)
+        linears.append((x, weight, inputs[0].requires_grad))
 
     hooks = [
         module.register_forward_hook(record)

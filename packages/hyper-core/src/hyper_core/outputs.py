@@ -43,7 +43,7 @@ class _UnitVectors(torch.autograd.Function):
     def forward(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
         has_norm = norm > torch.finfo(x.dtype).tiny ** 0.5
-        inverse = torch.where(has_norm, torch.where(has_norm, norm, 1.0).reciprocal(), 0.0)
+        inverse = torch.where(has_norm, norm.reciprocal(), 0.0)  # no gradient goes through this
         return x * inverse, inverse
 
     @staticmethod
