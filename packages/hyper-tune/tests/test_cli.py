@@ -104,6 +104,9 @@ def test_a_wrong_command_line_is_one_line(fails: Callable[..., str], tmp_path: P
     assert fails("plan", "--config", "tiny_llama", "batch_sise=2").startswith(
         "configuration has no key 'batch_sise'; did you mean 'batch_size'?"
     )
+    assert fails("plan", "--config", "tiny_llama", "--method", "dorra").startswith(
+        "--method is 'dorra', but must be one of lora, adalora, "
+    )
     assert "overrides are written key=value, or ~key" in fails(
         "plan", "--config", "tiny_llama", "batch"
     )

@@ -46,6 +46,10 @@ def even_records(tmp_path: Path) -> Path:
         ("hyperlora", "llama3_2", "fp32", False),
         ("hyperadalora", "llama", "fp32", False),
         ("hyperadalora", "qwen", "bf16", True),
+        ("dora", "qwen", "bf16", False),
+        ("dylora", "llama", "fp32", True),
+        ("hyperdora", "llama", "fp32", True),
+        ("hyperdylora", "tied_qwen", "fp32", False),
     ],
 )
 def test_the_plan_is_within_a_fiftieth_of_what_a_real_step_takes(

@@ -17,7 +17,7 @@ from hyper_tune.factors import FactorOwner
 from hyper_tune.method import MethodConfig
 from hyper_tune.optimizer_state import load_named_optimizer_state, named_optimizer_state
 from hyper_tune.parallel import broadcast_
-from hyper_tune.ranks import SampledRanks, make_allocator
+from hyper_tune.ranks import SampledRanks, draw_seed, make_allocator
 from hyper_tune.split import SplitGeneration
 from hyper_tune.step import TrainingStep
 from hyper_tune.whole import patterns_inside, whole_modules
@@ -276,7 +276,7 @@ def assemble(
         module.requires_grad_(True)
     sampled = None
     if config.sampling is not None:
-        sampled = SampledRanks(layers, config.sampling, config.init_rank)
+        sampled = SampledRanks(layers, config.sampling, config.init_rank, draw_seed(device))
     method = Assembly(config, layers, stack, owner, None, sampled, whole)
     method.broadcast_()
     if total_steps is not None:

@@ -1,5 +1,6 @@
 """What an entry point that is named for a method makes of a configuration."""
 
+import warnings
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -45,4 +46,17 @@ def refuse_other_method(config: DictConfig, method: str) -> None:
         raise UserError(
             f"method.name is {named!r}, but hyper-tune/{method}_full trains {method}; {run}, or "
             "leave method.name out."
+        )
+
+
+def warn_of_learning_rate(before: DictConfig, now: DictConfig, method: str) -> None:
+    """Say that a rate which was made for hypernetworks is now that of the factors themselves."""
+    was, rate = (OmegaConf.select(each, "optimizer.lr") for each in (before, now))
+    made_for = METHODS.get(str(OmegaConf.select(before, "method.name")))
+    if was == rate and made_for and made_for.generated and not METHODS[method].generated:
+        warnings.warn(
+            f"optimizer.lr is {rate}, which the configuration has for {before.method.name}, whose "
+            f"steps reach hypernetworks; {method} trains the factors themselves, for which "
+            "torchtune's LoRA has 3e-4: set optimizer.lr.",
+            stacklevel=2,
         )

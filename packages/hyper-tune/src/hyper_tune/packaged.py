@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from hyper_tune.checks import known_fields
+from hyper_tune.entry import for_method, refuse_other_method
 from hyper_tune.errors import UserError
 from hyper_tune.overrides import apply_overrides
 
@@ -72,19 +73,30 @@ DATA_KEYS = ("dataset", "dataset_val", "validation_fraction", "exact_match", "da
 
 
 def read_configuration(
-    name: str, words: Sequence[str], components: Collection[str] = ()
+    name: str,
+    words: Sequence[str],
+    components: Collection[str] = (),
+    *,
+    method: str | None = None,
 ) -> DictConfig:
     """Return the configuration ``name`` with the data set and the overrides of the command line.
 
     The word ``data=NAME``, wherever it is, puts a packaged data set or a file of one in the place
     of the `DATA_KEYS`, before the other words change what is there; see `apply_overrides`.
+    ``method``: of the entry point; see `for_method`.
 
     Raises:
-        UserError: no such configuration or data set, a file that is not YAML, or an override that
-            cannot be.
+        UserError: no such configuration or data set, a file that is not YAML, an override that
+            cannot be, or the name of another method.
     """
     config = read_config(find_config(name))
-    return apply_overrides(config, choose_data_(config, words), components)
+    words = choose_data_(config, words)
+    if method is None:
+        return apply_overrides(config, words, components)
+    chosen = for_method(config, method, packaged=name in packaged_configs())
+    chosen = apply_overrides(chosen, words, components)
+    refuse_other_method(chosen, method)
+    return chosen
 
 
 def choose_data_(config: DictConfig, words: Sequence[str]) -> list[str]:

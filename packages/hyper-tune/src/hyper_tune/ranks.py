@@ -16,21 +16,21 @@ class SampledRanks:
     """The ranks that steps train, and all of them in between.
 
     The ranks of a step are a function of a seed and of how many steps were taken: a step that is
-    skipped or fails is not one. The seed is drawn where the factors' start is, from torch's
-    generator, and is rank 0's on every process.
+    skipped or fails is not one.
 
     Saved: the seed, the bounds and the number of steps.
     """
 
     def __init__(
-        self, layers: Mapping[str, LowRankLinear], settings: SamplingSettings, init_rank: int
+        self,
+        layers: Mapping[str, LowRankLinear],
+        settings: SamplingSettings,
+        init_rank: int,
+        seed: int,
     ) -> None:
-        device = next(iter(layers.values())).get_buffer("rank_mask").device
-        seed = torch.randint(2**62, (), device=device)
-        broadcast_([seed])
         self._sampler = RankSampler(
             layers,
-            seed=int(seed),
+            seed=seed,
             lowest=settings.lowest,
             highest=settings.highest or init_rank,
             shared=settings.draw == "shared",
@@ -62,6 +62,13 @@ class SampledRanks:
         """
         self._sampler.load_state_dict({k: value for k, value in state.items() if k != "steps"})
         self._steps = int(state["steps"])
+
+
+def draw_seed(device: torch.device | str) -> int:
+    """Return a seed from torch's generator, as the factors' start is; rank 0's on every process."""
+    seed = torch.randint(2**62, (), device=device)
+    broadcast_([seed])
+    return int(seed)
 
 
 def make_allocator(config: MethodConfig, stack: FactorStack, total_steps: int) -> RankAllocator:

@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyper_tune import SamplingSettings, UserError
-from hyper_tune.ranks import SampledRanks
-from lowrank_adapters import DyLoRALinear
+from hyper_tune import MethodConfig, SamplingSettings, UserError, assemble
 
 ALPHA, RANK = 4.0, 3
 LEARNED = ["dora", "dora scalar", "dylora", "dylora each"]
@@ -201,13 +199,13 @@ def test_a_rank_is_chosen_for_a_block(small: SimpleNamespace) -> None:
 
 
 def test_the_seed_of_the_draws_follows_torchs() -> None:
-    layers = {"0": DyLoRALinear(torch.nn.Linear(4, 4), 3, 3.0)}
-    settings = SamplingSettings(lowest=2, draw="each")
-    seeds = []
+    config = MethodConfig("dylora", init_rank=3, sampling=SamplingSettings(lowest=2, draw="each"))
+    states = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        seeds.append(SampledRanks(layers, settings, 3).state_dict())
-    assert seeds[0] == seeds[1] != seeds[2]
-    assert seeds[0] | {"seed": 0} == {
+        method = assemble(torch.nn.Sequential(torch.nn.Linear(4, 4)), config, total_steps=9)
+        states.append(method.state_dict()["sampled"])
+    assert states[0] == states[1] != states[2]
+    assert states[0] | {"seed": 0} == {
         "seed": 0, "lowest": 2, "highest": 3, "shared": False, "steps": 0
     }  # fmt: skip

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from hyper_tune.checks import require_choice
 from hyper_tune.cli.table import print_table
+from hyper_tune.method import METHODS
 from hyper_tune.packaged import read_configuration
 from hyper_tune.plan import USABLE, Rehearsal, gpu_bytes
 
@@ -21,6 +23,9 @@ def plan(
     nproc: Annotated[
         int, typer.Option(min=1, help="GPUs in all; data_parallel_* say how the base lies on them.")
     ] = 1,
+    method: Annotated[
+        str | None, typer.Option(help="As hyper-tune/METHOD_full trains it, such as dora.")
+    ] = None,
     length: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens of each sample; the most that it may have without it."),
@@ -35,7 +40,9 @@ def plan(
     from hyper_tune.torchtune.rehearsal import longest_sample, rehearse
     from hyper_tune.torchtune.settings import COMPONENTS, RecipeSettings
 
-    chosen = read_configuration(config, overrides or [], COMPONENTS)
+    if method is not None:
+        require_choice("--method", method, METHODS)
+    chosen = read_configuration(config, overrides or [], COMPONENTS, method=method)
     settings = RecipeSettings.from_config(chosen)
     layout = base_layout(settings, nproc)
     tokens = length or longest_sample(settings)

@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from hyper_tune import parallel
-from hyper_tune.entry import for_method, refuse_other_method
+from hyper_tune.entry import warn_of_learning_rate
 from hyper_tune.errors import (
     EXIT_INTERRUPTED,
     EXIT_MISTAKE,
@@ -21,9 +21,7 @@ from hyper_tune.errors import (
     StoppedError,
     UserError,
 )
-from hyper_tune.method import METHODS
-from hyper_tune.overrides import apply_overrides
-from hyper_tune.packaged import choose_data_, find_config, packaged_configs, read_config
+from hyper_tune.packaged import find_config, read_config, read_configuration
 from hyper_tune.torchtune.fine_tune import fine_tune
 from hyper_tune.torchtune.results import say
 from hyper_tune.torchtune.settings import COMPONENTS
@@ -47,7 +45,7 @@ def main(method: str | None = None) -> None:
 def configuration(arguments: Sequence[str], method: str | None = None) -> DictConfig:
     """Return the configuration that ``--config NAME key=value ~key …`` describes.
 
-    ``method``: as for `main`; see `for_method`.
+    ``method``: as for `main`; see `read_configuration`.
 
     Raises:
         UserError: no such configuration, a file that is not YAML, an override that cannot be, or
@@ -56,29 +54,12 @@ def configuration(arguments: Sequence[str], method: str | None = None) -> DictCo
     if "--config" not in arguments[:-1]:
         raise UserError("--config is missing; give the name of a configuration or a file.")
     position = arguments.index("--config")
+    words = [*arguments[:position], *arguments[position + 2 :]]
     name = arguments[position + 1]
-    loaded = read_config(find_config(name))
-    words = choose_data_(loaded, [*arguments[:position], *arguments[position + 2 :]])
-    if method is None:
-        return apply_overrides(loaded, words, COMPONENTS)
-    packaged = name in packaged_configs()
-    config = apply_overrides(for_method(loaded, method, packaged=packaged), words, COMPONENTS)
-    refuse_other_method(config, method)
-    _warn_of_learning_rate(loaded, config, method)
+    config = read_configuration(name, words, COMPONENTS, method=method)
+    if method is not None:
+        warn_of_learning_rate(read_config(find_config(name)), config, method)
     return config
-
-
-def _warn_of_learning_rate(loaded: DictConfig, config: DictConfig, method: str) -> None:
-    """Say that a rate which was made for hypernetworks is now that of the factors themselves."""
-    before, now = (OmegaConf.select(each, "optimizer.lr") for each in (loaded, config))
-    made_for = METHODS.get(str(OmegaConf.select(loaded, "method.name")))
-    if before == now and made_for and made_for.generated and not METHODS[method].generated:
-        warnings.warn(
-            f"optimizer.lr is {now}, which the configuration has for {loaded.method.name}, whose "
-            f"steps reach hypernetworks; {method} trains the factors themselves, for which "
-            "torchtune's LoRA has 3e-4: set optimizer.lr.",
-            stacklevel=2,
-        )
 
 
 def _run(config: DictConfig) -> int:

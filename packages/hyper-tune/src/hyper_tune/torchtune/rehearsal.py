@@ -14,6 +14,7 @@ from hyper_tune.errors import UserError
 from hyper_tune.factors import FactorOwner, PartlyGenerated
 from hyper_tune.memory import LiveMemory
 from hyper_tune.plan import Rehearsal
+from hyper_tune.ranks import SampledRanks
 from hyper_tune.split import GenerationCost, SharedGeneration
 from hyper_tune.torchtune.base_model import OUTPUT_CHUNKS, build_on_meta, prepare_
 from hyper_tune.torchtune.components import build
@@ -53,6 +54,9 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
     root = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
     with META:
         layers, stack, owner = attach(model, settings.method, device=META)
+        if settings.method.sampling is not None:
+            # It makes one of the layers' masks.
+            SampledRanks(layers, settings.method.sampling, settings.method.init_rank, seed=0)
     alone = replace(
         settings, compile=False, data_parallel_shard_dim=-1, data_parallel_replicate_dim=1
     )
@@ -61,7 +65,7 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
     for layer in layers.values():
         layer.waiting = False  # for the base's values, which nothing here reads
     buffers = [buffer for _, buffer in model.named_buffers() if buffer.numel()]
-    masks = [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]
+    own = {id(b): b for layer in layers.values() for b in layer.buffers(recurse=False)}
     trained = [parameter for _, parameter in owner.named_parameters()]
     # Learned factors are views of the stack, which is counted by itself.
     hypernetworks = [t for t in owner.state_dict().values() if not _shares(t, stack.values)]
@@ -75,18 +79,17 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
         _update(memory, owner, stack, optimizer, settings)
         _forward_and_backward(memory, model, owner, settings.batch_size, length)
         _update(memory, owner, stack, optimizer, settings, refresh=False)
-    mask_ids = {id(mask) for mask in masks}
     return Rehearsal(
         blocks=blocks,
         root=root,
-        buffers=[buffer for buffer in buffers if id(buffer) not in mask_ids],
+        buffers=[buffer for buffer in buffers if id(buffer) not in own],
         factors=stack.values.numel(),
         hypernetworks=sum(p.numel() for p in trained if not _shares(p, stack.values)),
         generation=_generation_cost(owner),
         split=settings.split_generation,
         offload=settings.fsdp_cpu_offload,
         held={
-            "factors": stack.values.nbytes + sum(mask.nbytes for mask in masks),
+            "factors": stack.values.nbytes + sum(buffer.nbytes for buffer in own.values()),
             "factor gradients": stack.grads.nbytes,
             "hypernetworks and their state": sum(tensor.nbytes for tensor in hypernetworks),
         },
