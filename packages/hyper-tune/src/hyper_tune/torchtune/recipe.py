@@ -2,10 +2,12 @@
 
 import time
 import warnings
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchtune import training
 from tqdm import tqdm
 
@@ -26,7 +28,7 @@ from hyper_tune.torchtune.base_model import (
     load_,
     prepare_,
 )
-from hyper_tune.torchtune.batches import collate
+from hyper_tune.torchtune.batches import Batch, collate
 from hyper_tune.torchtune.components import build, build_tokenizer
 from hyper_tune.torchtune.evaluate import Questions, held_out_loss, peak_memory_mib
 from hyper_tune.torchtune.identity import run_identity
@@ -228,10 +230,12 @@ class FineTuning:
             for positions in batches:
                 samples = [self.data.order.at(position) for position in positions]
                 batch = collate(samples, self.tokenizer.pad_id, self.device)
-                with self.offloading:
-                    logits = batch.logits(self.model)
-                step.backward(batch.loss_sum(logits), batch.label_count())
+                step.backward(batch.loss_sum(self._logits(batch)), batch.label_count())
         return step.report
+
+    def _logits(self, batch: Batch) -> Sequence[Tensor]:
+        with self.offloading:
+            return batch.logits(self.model)
 
     def _every(self, interval: int | None) -> bool:
         return interval is not None and self.step % interval == 0
