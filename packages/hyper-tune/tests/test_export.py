@@ -56,6 +56,53 @@ def test_exported_lora_gives_the_training_models_logits(
         torch.testing.assert_close(plain(tokens).logits, trained, rtol=1e-5, atol=1e-5)
 
 
+def with_adapter(base: str, folder: Path) -> tuple[torch.Tensor, dict[str, int]]:
+    """The logits of the base with an adapter's updates added, as PEFT reads them, and its ranks."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    modules, ranks = dict(model.named_modules()), {}
+    lora = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    with torch.no_grad():
+        for name in config["target_modules"]:
+            key = f"base_model.model.{name}.lora_"
+            a, b = lora[f"{key}A.weight"], lora[f"{key}B.weight"]
+            ranks[name] = config["rank_pattern"].get(name, config["r"])
+            assert len(a) == ranks[name]
+            alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
+            modules[name].weight += alpha / ranks[name] * b @ a
+        return model(TOKENS).logits, ranks
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+def test_a_compact_adapter_gives_the_padded_ones_logits(
+    tmp_path: Path,
+    make_config: Callable[..., Path],
+    run: Callable[..., None],
+    request: pytest.FixtureRequest,
+    family: str,
+) -> None:
+    keys = request.getfixturevalue(family)
+    run(make_config(**keys, max_steps=12))
+    folder, base = tmp_path / "compact", keys["checkpointer"]["checkpoint_dir"]
+    assert main(["export", str(tmp_path / "run"), str(folder), "--compact"]) == 0
+    compact, ranks = with_adapter(base, folder)
+    padded, one_rank = with_adapter(base, tmp_path / "run/adapter")
+    live = json.loads((tmp_path / "run/summary.json").read_text())["ranks"]
+    assert sorted(ranks.values()) == sorted(rank for rank in live.values() if rank)
+    assert len(set(ranks.values())) > 1
+    assert set(one_rank.values()) == {max(live.values())}
+    torch.testing.assert_close(compact, padded, rtol=1e-5, atol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        assert (compact - plain(TOKENS).logits).abs().max() > 0.01
+
+
+def test_a_merged_model_is_not_compact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", str(tmp_path), str(tmp_path / "out"), "--format", "merged", "--compact"]
+    assert main(command) == 2
+    assert "--compact is for --format peft; a merged model has no ranks." in capsys.readouterr().err
+
+
 def trained_logits(config: Path) -> torch.Tensor:
     """Train, and return what the model says to `TOKENS` at the end."""
     loaded = OmegaConf.load(config)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -179,6 +179,7 @@ class Assembly:
         folder: str | Path,
         *,
         rank: int | None = None,
+        form: Literal["padded", "compact"] = "padded",
         rename: Callable[[str], str] = str,
         transform_b: Callable[[str, Tensor], Tensor] = lambda _, b: b,
         base_model_name_or_path: str | None = None,
@@ -187,14 +188,16 @@ class Assembly:
         """Write the adapter as plain LoRA in PEFT's layout; λ, masks and scaling are folded in.
 
         DoRA is written as PEFT's DoRA, with its magnitude. ``rank``: of a method with nested ranks,
-        how many to write; None is all. ``rename`` maps this model's module names to the exported
-        model's; ``transform_b`` may reorder the output rows of B.
+        how many to write; None is all. ``form``: of `export_peft`, "padded" to one rank, or
+        "compact", each matrix with its own. ``rename`` maps this model's module names to the
+        exported model's; ``transform_b`` may reorder the output rows of B.
         """
         self.write_factors_()
         with self.at_rank(rank):
             return export_peft(
                 self.layers,
                 folder,
+                form=form,
                 rename=rename,
                 transform_b=transform_b,
                 modules_to_save=self.modules_to_save,

@@ -47,12 +47,17 @@ def export(
     rank: Annotated[
         int | None, typer.Option(help="Of dylora and hyperdylora: how many ranks; all without it.")
     ] = None,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="An adapter with each matrix' own rank; PEFT alone.")
+    ] = False,
 ) -> None:
     """Write a run's checkpoint as a LoRA adapter or a merged model, with a model card."""
     if output.exists():
         raise UserError(f"{output} exists; give a folder that does not.")
     if dtype is not None and format_ is not Format.MERGED:
         raise UserError(f"--dtype {dtype} is for --format merged; an adapter is float32.")
+    if compact and format_ is Format.MERGED:
+        raise UserError("--compact is for --format peft; a merged model has no ranks.")
     record = RunRecord.read(run)
     from hyper_tune.torchtune import exports
     from hyper_tune.torchtune.trained import open_trained
@@ -68,6 +73,13 @@ def export(
         chosen = None if dtype is None else exports.DTYPES[dtype]
         exports.export_merged(trained, output, dtype=chosen, texts={CARD: card}, rank=rank)
     else:
-        exports.export_adapter(trained.method, trained.model, trained.settings, output, rank=rank)
+        exports.export_adapter(
+            trained.method,
+            trained.model,
+            trained.settings,
+            output,
+            rank=rank,
+            form="compact" if compact else "padded",
+        )
         write_text(output / CARD, card)
     typer.echo(f"{output}: {format_}, of step {trained.step}")

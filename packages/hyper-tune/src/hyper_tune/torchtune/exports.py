@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,14 +26,16 @@ def export_adapter(
     folder: Path,
     *,
     rank: int | None = None,
+    form: Literal["padded", "compact"] = "padded",
 ) -> Path:
     """Write the adapter as plain LoRA, or DoRA, in PEFT's layout; return the folder.
 
-    ``rank``: of a method with nested ranks; None takes all of them.
+    ``rank``: of a method with nested ranks; None takes all of them. ``form``: as `export_peft`'s.
     """
     return method.export(
         folder,
         rank=rank,
+        form=form,
         rename=hf_module_name,
         transform_b=_row_order(model, settings),
         base_model_name_or_path=base_name(settings),
