@@ -11,7 +11,7 @@ from tqdm import tqdm
 from hyper_tune import parallel
 from hyper_tune.diagnosis import MethodDiagnosis, diagnose_method
 from hyper_tune.torchtune.results import progress_text, say
-from rank_budget import rank_heatmap
+from rank_budget.report import rank_heatmap
 
 if TYPE_CHECKING:
     from hyper_tune.torchtune.recipe import FineTuning
