@@ -53,8 +53,7 @@ def test_checkpoint_has_the_adapter_the_state_and_nothing_of_the_base(
         assert torch.equal(adapter[f"base_model.model.classifier.{name}"], value)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["classifier"])
-    live = [rank for rank in run.adapted.method.ranks().values()]
-    assert config["r"] == max(live)
+    assert config["r"] == max(run.adapted.method.ranks().values())
 
 
 def test_best_model_has_its_ranks_its_state_and_its_figure(

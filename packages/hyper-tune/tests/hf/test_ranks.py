@@ -1,4 +1,4 @@
-"""Two processes train as one: in DistributedDataParallel by Trainer, and with the base in shards."""
+"""Two processes train as one: by Trainer in DistributedDataParallel, and with sharded bases."""
 
 import os
 import subprocess
@@ -13,25 +13,27 @@ WORKER = Path(__file__).parent / "trained_ranks.py"
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def run(command: list[str]) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=environment,
-    )
-    assert finished.returncode == 0, finished.stderr
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process and two have written."""
+    folder = tmp_path_factory.mktemp("trained")
+    for launcher in ([], LAUNCHER):
+        finished = subprocess.run(
+            [sys.executable, *launcher, str(WORKER), str(folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=400,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert finished.returncode == 0, finished.stderr
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_as_one(tmp_path: Path, kind: str) -> None:
-    for launcher in ([], LAUNCHER):
-        run([*launcher, str(WORKER), kind, str(tmp_path)])
-    alone = load_file(tmp_path / f"{kind}-0-of-1.safetensors")
-    first, second = (load_file(tmp_path / f"{kind}-{rank}-of-2.safetensors") for rank in (0, 1))
+def test_two_processes_train_as_one(folder: Path, kind: str) -> None:
+    alone = load_file(folder / f"{kind}-0-of-1.safetensors")
+    first, second = (load_file(folder / f"{kind}-{rank}-of-2.safetensors") for rank in (0, 1))
     assert list(alone) == list(first) == list(second)
     assert any(name.startswith("modules_to_save/classifier") for name in alone)
     for name, value in alone.items():

@@ -89,7 +89,7 @@ def test_steps_are_those_of_the_method_whatever_the_loss(
 
 
 def readable(batch: dict[str, Tensor], run: SimpleNamespace) -> dict[str, Tensor]:
-    """A micro-batch with its labels, which Trainer keeps from the model where the loss is its own."""
+    """A micro-batch with its labels, also where Trainer computes the loss and takes them out."""
     if "labels" in batch:
         return batch
     return {**batch, "labels": (batch["input_ids"][:, 0] >= 15).long()}

@@ -1,6 +1,7 @@
 """Trains a small classifier on each rank of a job, for the tests to compare with one process.
 
-Run by torchrun, or alone: `trained_ranks.py KIND FOLDER` writes FOLDER/KIND-RANK.safetensors.
+Run by torchrun, or alone: `trained_ranks.py FOLDER` writes FOLDER/KIND-RANK-of-RANKS.safetensors
+for each kind: by Trainer in DistributedDataParallel, and by hand with the base in shards.
 """
 
 import os
@@ -77,7 +78,6 @@ def by_trainer(folder: Path) -> AdaptedModel:
 def by_hand(folder: Path) -> AdaptedModel:
     """Train in a loop, with the base in shards where there are several ranks."""
     del folder
-    parallel.start(torch.device("cpu"))
     adapted = build(1 + parallel.rank())
     adapted.plan_(STEPS)
     if parallel.world_size() > 1:
@@ -96,17 +96,18 @@ def by_hand(folder: Path) -> AdaptedModel:
     return adapted
 
 
-def main(kind: str, folder: Path) -> None:
-    """Write the state that this rank ends with."""
+def main(folder: Path) -> None:
+    """Write the states that this rank ends with."""
     torch.set_num_threads(1)
-    adapted = {"ddp": by_trainer, "fsdp": by_hand}[kind](folder)
-    assert adapted.optimizer is not None
-    tensors, _ = flatten(adapted.method.state_dict(adapted.optimizer.inner))
-    name = f"{kind}-{parallel.rank()}-of-{parallel.world_size()}.safetensors"
-    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, folder / name)
+    for kind, train in (("ddp", by_trainer), ("fsdp", by_hand)):
+        adapted = train(folder)
+        assert adapted.optimizer is not None
+        tensors, _ = flatten(adapted.method.state_dict(adapted.optimizer.inner))
+        name = f"{kind}-{parallel.rank()}-of-{parallel.world_size()}.safetensors"
+        save_file({key: value.clone() for key, value in tensors.items()}, folder / name)
     del adapted
     parallel.stop()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))
