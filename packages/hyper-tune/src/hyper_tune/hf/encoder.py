@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -62,6 +64,7 @@ def fine_tune_encoder(config: DictConfig) -> dict[str, Any]:
         model = _model(settings.model, train.names)
         adapted = adapt(model, settings.method, device=arguments.device)
         trainer = _trainer(settings, adapted, arguments, tokenizer, train, held_out)
+        trainer.remove_callback(PrinterCallback)
         recorder = Recorder(folder.metrics, adapted)
         if first:
             trainer.add_callback(recorder)
@@ -206,7 +209,7 @@ def _last_checkpoint(settings: EncoderSettings, metrics: Metrics) -> str | None:
 
 def _evaluated(trainer: Any) -> dict[str, float]:
     found = trainer.evaluate()
-    timing = ("runtime", "per_second", "epoch")
+    timing = ("time", "per_second", "epoch")
     return {
         key.removeprefix("eval_"): value for key, value in found.items() if not key.endswith(timing)
     }
@@ -240,13 +243,24 @@ def _summary(
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
-    """Writes a row of ``metrics.jsonl`` for each optimizer step and each evaluation in training."""
+    """Writes a row of ``metrics.jsonl`` for each optimizer step and each evaluation in training,
+    and shows how far the run is.
+    """
 
     def __init__(self, metrics: Metrics, adapted: AdaptedModel) -> None:
         self._metrics = metrics
         self._adapted = adapted
         self._started = 0.0
         self.seconds: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar."""
+        name, done = self._adapted.method.config.name, state.global_step
+        self._bar = tqdm(total=state.max_steps, initial=done, desc=name, unit="step")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock of a step."""
@@ -255,6 +269,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop it."""
         self.seconds.append(time.perf_counter() - self._started)
+        self._bar.update()
 
     def on_log(
         self,
@@ -280,11 +295,12 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
                 "skipped": not report.finite,
             }
             self._metrics.append(row)
+            self._bar.set_postfix_str(f"loss {logs['loss']:.4f}, ranks {report.live_ranks}")
         elif "eval_loss" in logs:
             named = {key: value for key, value in logs.items() if key.startswith("eval_")}
             scores = {
                 f"validation_{key.removeprefix('eval_')}": value
                 for key, value in named.items()
-                if not key.endswith(("runtime", "per_second"))
+                if not key.endswith(("time", "per_second"))
             }
             self._metrics.append({"step": state.global_step, **scores})
