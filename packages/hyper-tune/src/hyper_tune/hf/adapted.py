@@ -2,29 +2,24 @@
 
 import re
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hyper_tune.assembly import Assembly, assemble
+from hyper_tune.assembly import Assembly
 from hyper_tune.errors import PERSONS_MISTAKES, UserError
-from hyper_tune.hf.heads import head_names, task_type
+from hyper_tune.hf.heads import task_type
 from hyper_tune.hf.optimizer import MethodOptimizer
-from hyper_tune.hf.saved import is_packed, pack, unpack
-from hyper_tune.method import MethodConfig
+from hyper_tune.hf.saved import STATE, is_packed, read_state, unpack, write_state
 from hyper_tune.step import StepReport, TrainingStep
 
 if TYPE_CHECKING:
     from hyper_tune.hf.callback import MethodCallback
 
-STATE = "model.safetensors"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
@@ -258,11 +253,7 @@ class AdaptedModel:
 
     def save(self, folder: str | Path) -> None:
         """Write the state as ``model.safetensors``, whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{STATE}"
-        save_file(pack(self.state_dict()), temporary, metadata={"format": "pt"})
-        temporary.replace(folder / STATE)
+        write_state(Path(folder), self.state_dict())
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote.
@@ -271,12 +262,11 @@ class AdaptedModel:
             UserError: there is no such file, it is damaged, or of another model or method.
         """
         path = Path(folder) / STATE
+        state = read_state(path)
         try:
-            self.load_state_dict(unpack(load_file(path)))
+            self.load_state_dict(state)
         except PERSONS_MISTAKES as error:
             raise UserError(f"{path}: {error}") from error
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise UserError(f"{path} cannot be read: {error}.") from error
 
     def _before_loading(self, module: nn.Module, tensors: dict[str, Any], *rest: Any) -> None:
         del module, rest
@@ -290,42 +280,3 @@ class AdaptedModel:
         if self._restored:
             keys.missing_keys.clear()  # the base has not been trained, and was not saved
             self._restored = False
-
-
-def adapt(
-    model: nn.Module,
-    config: MethodConfig,
-    *,
-    total_steps: int | None = None,
-    modules_to_save: Sequence[str] | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> AdaptedModel:
-    """Put a method on a model of transformers, in place, and freeze everything else.
-
-    ``total_steps``: optimizer steps of the run; Trainer's callback says it where it is None.
-    ``modules_to_save``: modules that are trained as a whole; by default the head that the model has
-    beside its pretrained body, which is none for language models. ``device``: where the model is
-    moved first, such as Trainer's ``args.device``. ``dtype``: of the factors.
-
-    Raises:
-        UserError: a method or module that the model cannot have.
-
-    >>> from transformers import BertConfig, BertForSequenceClassification
-    >>> size = BertConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-    ...                   num_attention_heads=1)
-    >>> adapted = adapt(BertForSequenceClassification(size), MethodConfig("lora", init_rank=2))
-    >>> len(adapted.method.layers), list(adapted.method.modules_to_save)
-    (7, ['classifier'])
-    """
-    heads = head_names(model) if modules_to_save is None else modules_to_save
-    if device is not None:
-        model.to(device)
-    device = next(model.parameters()).device
-    method = assemble(
-        model, config, total_steps=None, modules_to_save=heads, device=device, dtype=dtype
-    )
-    adapted = AdaptedModel(model, method)
-    if total_steps is not None:
-        adapted.plan_(total_steps)
-    return adapted

@@ -64,7 +64,7 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]
             )
         adapted.plan_(state.max_steps)
         adapted.method.broadcast_()
-        adapted.reduced = world_size() > 1 and not args.fsdp
+        adapted.reduced = world_size() > 1
         if args.max_grad_norm:
             adapted.max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
         self._taken, self._done = adapted.steps, done
@@ -150,7 +150,12 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]
 
 def _check_setup(args: TrainingArguments) -> None:
     if args.deepspeed:
-        raise UserError("Trainer uses DeepSpeed, whose gradients are not seen; use DDP or FSDP2.")
+        raise UserError("Trainer uses DeepSpeed, whose gradients are not seen; use DDP.")
+    if args.fsdp:
+        raise UserError(
+            "Trainer's FSDP would shard the factors with the base; shard the base alone with "
+            "hyper_tune.hf.shard_(adapted), in a loop of accelerate's."
+        )
     if args.n_gpu > 1:
         raise UserError(
             f"Trainer would copy the model to {args.n_gpu} GPUs in one process; start it with "

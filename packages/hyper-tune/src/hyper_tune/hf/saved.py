@@ -2,13 +2,18 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hyper_tune.errors import UserError
 from hyper_tune.tree import flatten, unflatten
 
+STATE = "model.safetensors"  # the name that Trainer looks for
 _TENSOR, _PLAIN = "hyper_tune.tensor.", "hyper_tune.json"
 
 
@@ -44,3 +49,23 @@ def unpack(tensors: Mapping[str, Tensor]) -> Any:
         return unflatten(named, plain)
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{error} is missing") from error
+
+
+def write_state(folder: Path, state: Any) -> None:
+    """Write ``model.safetensors`` into a folder, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{STATE}"
+    save_file(pack(state), temporary, metadata={"format": "pt"})
+    temporary.replace(folder / STATE)
+
+
+def read_state(path: Path) -> Any:
+    """Return what `write_state` wrote.
+
+    Raises:
+        UserError: the file is not there, damaged, or another model's.
+    """
+    try:
+        return unpack(load_file(path))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error

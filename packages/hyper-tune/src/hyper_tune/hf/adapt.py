@@ -1,0 +1,50 @@
+"""Puts a method on a model of transformers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hyper_tune.assembly import assemble
+from hyper_tune.hf.adapted import AdaptedModel
+from hyper_tune.hf.heads import head_names
+from hyper_tune.method import MethodConfig
+
+
+def adapt(
+    model: nn.Module,
+    config: MethodConfig,
+    *,
+    total_steps: int | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> AdaptedModel:
+    """Put a method on a model of transformers, in place, and freeze everything else.
+
+    ``total_steps``: optimizer steps of the run; Trainer's callback says it where it is None.
+    ``modules_to_save``: modules that are trained as a whole; by default the head that the model has
+    beside its pretrained body, which is none for language models. ``device``: where the model is
+    moved first, such as Trainer's ``args.device``. ``dtype``: of the factors.
+
+    Raises:
+        UserError: a method or module that the model cannot have.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> size = BertConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    ...                   num_attention_heads=1)
+    >>> adapted = adapt(BertForSequenceClassification(size), MethodConfig("lora", init_rank=2))
+    >>> len(adapted.method.layers), list(adapted.method.modules_to_save)
+    (7, ['classifier'])
+    """
+    heads = head_names(model) if modules_to_save is None else modules_to_save
+    if device is not None:
+        model.to(device)
+    device = next(model.parameters()).device
+    method = assemble(
+        model, config, total_steps=None, modules_to_save=heads, device=device, dtype=dtype
+    )
+    adapted = AdaptedModel(model, method)
+    if total_steps is not None:
+        adapted.plan_(total_steps)
+    return adapted

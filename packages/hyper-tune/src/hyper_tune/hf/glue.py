@@ -1,0 +1,52 @@
+"""The classification tasks of GLUE, from the hub."""
+
+from collections.abc import Mapping
+
+from hyper_tune.errors import UserError
+
+GLUE: Mapping[str, tuple[str, ...]] = {
+    "cola": ("sentence",),
+    "mnli": ("premise", "hypothesis"),
+    "mrpc": ("sentence1", "sentence2"),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "rte": ("sentence1", "sentence2"),
+    "sst2": ("sentence",),
+    "wnli": ("sentence1", "sentence2"),
+}
+REPOSITORY = "nyu-mll/glue"
+
+Texts = tuple[tuple[str, ...], str, str]
+
+
+def load_glue(task: str) -> tuple[list[Texts], list[Texts]]:
+    """Return texts, label and place of each row of a task's train and validation splits.
+
+    Raises:
+        UserError: the hub cannot be reached; what to download and where to put it.
+    """
+    from datasets import load_dataset
+
+    try:
+        splits = load_dataset(REPOSITORY, task)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"data.glue={task}: the hub's {REPOSITORY} cannot be reached ({reason}). Where there "
+            f"is a network, run `hf download {REPOSITORY} --repo-type dataset --include '{task}/*'"
+            " --local-dir glue`; then leave data.glue out, and set data.train and data.validation "
+            f"to the files in glue/{task}/."
+        ) from error
+    held_out = "validation_matched" if task == "mnli" else "validation"
+    train, validation = (
+        [
+            (
+                tuple(row[column] for column in GLUE[task]),
+                splits[split].features["label"].int2str(row["label"]),
+                f"GLUE {task}, {split}, row {number}",
+            )
+            for number, row in enumerate(splits[split], 1)
+        ]
+        for split in ("train", held_out)
+    )
+    return train, validation
