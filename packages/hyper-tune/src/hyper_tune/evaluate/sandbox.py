@@ -174,7 +174,9 @@ class _Process:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(json.dumps(request).encode())
-        said = self.answer(_START_SECONDS) or {"refused": f"nothing in {_START_SECONDS} seconds"}
+        said = self.answer(_START_SECONDS)
+        if said is None:
+            said = {"refused": f"it did not start in {_START_SECONDS} seconds"}
         if "ready" not in said:
             raise UserError(
                 f"generated code is not run: this machine allows no sandbox "
@@ -185,10 +187,12 @@ class _Process:
         """Return the next line; None if there is none in time, nothing if the process ended."""
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
         end = time.monotonic() + seconds
         while b"\n" not in self._buffer:
             left = end - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+            if left <= 0 or not poll.poll(1000 * left):
                 return None
             data = os.read(descriptor, 1 << 16)
             if not data:

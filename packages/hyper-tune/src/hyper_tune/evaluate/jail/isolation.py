@@ -113,6 +113,9 @@ def _refuse_if_open() -> None:
     for path in ("/proc", "/sys", "/dev", "/etc", "/home", "/tmp", "/root/.bashrc"):  # noqa: S108
         if os.path.exists(path) and not _holds_python(path):
             raise OSError(f"{path} can be seen")
+    for path in (*_SYSTEM, *_python_folders()):
+        if os.path.isdir(path) and not os.statvfs(path).f_flag & os.ST_RDONLY:
+            raise OSError(f"{path} can be written")
     for name, attempt in (
         ("start a process", os.fork),
         ("open a socket", socket.socket),
