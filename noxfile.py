@@ -24,7 +24,7 @@ SUITES = {
     ),
     "rank-budget": (["packages/rank-budget[plot]"], ["packages/rank-budget/tests"]),
     "hyper-tune": (
-        [*ALL[:3], f"{ALL[3]}[torchtune,hf,plot]", "psutil"],
+        [*ALL[:3], f"{ALL[3]}[torchtune,hf,plot,evaluate]", "psutil"],
         ["packages/hyper-tune/tests"],
     ),
     "together": ([*EVERYTHING, "build", "hatchling", "PyYAML"], ["tests/together"]),
@@ -51,6 +51,14 @@ def quickstart(session: nox.Session) -> None:
     """Fine-tune a small Llama with HyperAdaLoRA, from nothing to an exported adapter."""
     install(session, *EVERYTHING)
     session.run("python", "recipes/quickstart/quickstart.py", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def lm_eval(session: nox.Session) -> None:
+    """Evaluate an exported run with lm-evaluation-harness."""
+    install(session, *TEST_TOOLS, *EVERYTHING, "lm_eval", "transformers", "accelerate")
+    test = "packages/hyper-tune/tests/evaluate/test_lm_eval.py"
+    session.run("pytest", "-q", test, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(reuse_venv=True)

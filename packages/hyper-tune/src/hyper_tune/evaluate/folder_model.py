@@ -1,5 +1,6 @@
 """A causal language model of `transformers`, from its folder."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyper_tune.durable import digest
 from hyper_tune.errors import UserError
 from hyper_tune.records import Turn
 
@@ -39,6 +41,7 @@ class FolderModel:
             raise UserError(f"{folder} has no tokenizer that can be read: {reason}") from error
         self._folder, self._dtype = folder, dtype
         self.name = str(folder)
+        self.identity = _identity(folder)
         self.chat = self._tokenizer.chat_template is not None
         self.max_length: int = config.get_text_config().max_position_embeddings
         self.stop_tokens: Sequence[int] = _stop_tokens(folder, self._tokenizer)
@@ -93,6 +96,14 @@ class FolderModel:
         self._past = found.past_key_values
         logits: Tensor = found.logits[:, -1].float()
         return logits
+
+
+def _identity(folder: Path) -> str:
+    """Return a digest of the configuration and of the weights."""
+    found = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(digest(path).encode())
+    return found.hexdigest()
 
 
 def _stop_tokens(folder: Path, tokenizer: Any) -> list[int]:

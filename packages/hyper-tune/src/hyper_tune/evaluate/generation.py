@@ -15,15 +15,20 @@ from hyper_tune.records import Turn
 class LanguageModel(Protocol):
     """What generation asks of a model and its tokenizer.
 
-    ``name``: for the record. ``chat``: whether turns are given in a chat template. ``max_length``:
+    ``name`` and ``identity``: for people, and to tell whether answers are of the same weights,
+    wherever they lie. ``chat``: whether turns are given in a chat template. ``max_length``:
     tokens that it reads. ``stop_tokens``: what ends an answer.
     """
 
     name: str
+    identity: str
     chat: bool
     max_length: int
     stop_tokens: Sequence[int]
     device: torch.device
+
+    def load_(self) -> None:
+        """Load the weights; before that, only `encode` and `text` are of use."""
 
     def encode(self, turns: Sequence[Turn]) -> list[int]:
         """Return a conversation's tokens up to where the next answer begins."""
@@ -44,10 +49,11 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt's tokens, and the number that its draws depend on besides the seed."""
+    """A prompt's tokens; what its draws depend on besides the seed; its name in a message."""
 
     tokens: Sequence[int]
-    number: int = 0
+    key: str = ""
+    where: str = "the longest prompt"
 
 
 @dataclass(frozen=True)
@@ -89,13 +95,13 @@ def refuse_long(model: LanguageModel, requests: Sequence[Request], decoding: Dec
     Raises:
         UserError: a prompt and its answer are longer than that.
     """
-    longest = max((len(request.tokens) for request in requests), default=0)
-    room = longest + decoding.max_new_tokens
-    if room > model.max_length:
-        raise UserError(
-            f"the longest prompt and its answer take {room} tokens, but the model reads "
-            f"{model.max_length}; shorten it, or lower --max-new-tokens."
-        )
+    for longest in sorted(requests, key=lambda request: -len(request.tokens))[:1]:
+        room = len(longest.tokens) + decoding.max_new_tokens
+        if room > model.max_length:
+            raise UserError(
+                f"{longest.where} and its answer take {room} tokens, but the model reads "
+                f"{model.max_length}; shorten it, or lower --max-new-tokens."
+            )
 
 
 @torch.inference_mode()
@@ -112,7 +118,7 @@ def _continue(
         padding = longest - len(request.tokens)
         tokens[row, padding:] = torch.tensor(request.tokens)
         visible[row, :padding] = False
-    draws = torch.stack([_draws(decoding, request.number) for request in requests]).to(device)
+    draws = torch.stack([_draws(decoding, request.key) for request in requests]).to(device)
     tokens, visible = tokens.to(device), visible.to(device)
     positions = (visible.cumsum(1) - 1).clamp(min=0)
     stops = torch.tensor(list(model.stop_tokens), device=device)
@@ -152,9 +158,9 @@ def choose(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
     return torch.searchsorted(cumulated, bound, right=True).squeeze(1)
 
 
-def _draws(decoding: Decoding, number: int) -> Tensor:
-    """Return the draws of one answer: a function of seed and number."""
-    words = hashlib.sha256(f"{decoding.seed} {number}".encode()).digest()
+def _draws(decoding: Decoding, key: str) -> Tensor:
+    """Return the draws of one answer: a function of seed and key."""
+    words = hashlib.sha256(f"{decoding.seed} {key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(words[:8], "little", signed=True))
     return torch.rand(decoding.max_new_tokens, dtype=torch.float64, generator=generator)
 

@@ -59,7 +59,7 @@ class Problem:
             if defined.search(block):
                 return f"{self.context}\n{block}"
         rest = blocks[0] if blocks else answer
-        return f"{self.prompt}{_NEXT.split(rest)[0]}\n"
+        return f"{self.prompt}{_NEXT.split(rest)[0]}".rstrip() + "\n"
 
 
 def read_problems(path: Path) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from statistics import fmean
 
@@ -54,9 +55,16 @@ def character_bleu(answers: Sequence[str], references: Sequence[str]) -> Metric:
     return Metric("BLEU-4 of characters", 100 * fmean(scores), signature)
 
 
-def text_metrics(answers: Sequence[str], references: Sequence[str]) -> list[Metric]:
-    """Return BLEU-4, ROUGE-1 and BLEU-4 of characters of answers in the order of references.
+def import_metrics() -> None:
+    """Import what the figures need, the extra ``evaluate``, before there is anything to lose.
 
-    They need the extra ``evaluate``.
+    Raises:
+        ModuleNotFoundError: it is not installed.
     """
+    for name in ("sacrebleu", "rouge_score", "nltk"):
+        import_module(name)
+
+
+def text_metrics(answers: Sequence[str], references: Sequence[str]) -> list[Metric]:
+    """Return BLEU-4, ROUGE-1 and BLEU-4 of characters of answers in the order of references."""
     return [metric(answers, references) for metric in (corpus_bleu, rouge_1, character_bleu)]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules.common_utils import delete_kv_caches
 
+from hyper_tune.checkpoint import checkpoint_digest
 from hyper_tune.evaluate.generation import Decoding, Request, refuse_long
 from hyper_tune.evaluate.generation import answers as generated
 from hyper_tune.records import Conversation, Turn
@@ -33,7 +34,9 @@ class RunModel:
         check_files(run.settings)
         self._run = run
         self._tokenizer = build_tokenizer(run.settings.tokenizer)
-        self.name = f"{run.settings.output_dir} at step {run.step}"
+        folder = run.settings.output_dir
+        self.name = f"{folder} at step {run.step}"
+        self.identity = checkpoint_digest(folder / "checkpoints", run.step)
         self.max_length: int = run.model.max_seq_len
         self.stop_tokens: Sequence[int] = self._tokenizer.stop_tokens
         self.device = run.device
@@ -100,7 +103,8 @@ def answers(
     """
     model = RunModel(run)
     asked = [
-        Request(model.encode([Turn("user", text)]), number) for number, text in enumerate(prompts)
+        Request(model.encode([Turn("user", text)]), str(number))
+        for number, text in enumerate(prompts)
     ]
     if max_new_tokens is None:
         longest = max(len(request.tokens) for request in asked)
