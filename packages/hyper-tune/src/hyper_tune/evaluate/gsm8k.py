@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 
 _SIGN = r"(?P<sign>[-−–])?"  # noqa: RUF001
-_CURRENCY = r"(?:\\?[$€£]|USD|US\$)?\s?"
+_CURRENCY = r"(?:(?:US)?\\?[$€£]\s?)?"
 _DIGITS = r"\d+(?:,\d{3})+(?!\d)|\d+"
 _NUMBER = re.compile(
     rf"(?<![\w.)]){_SIGN}{_CURRENCY}(?P<inner>[-−])?"  # noqa: RUF001
@@ -13,7 +13,7 @@ _NUMBER = re.compile(
 )
 _MARKED = re.compile(r"####\s*([^\n]*)")
 _BOXED = re.compile(r"\\boxed\s*{((?:[^{}]|{[^{}]*})*)}")
-_SAID = re.compile(r"answer(?:\s+is|\s*[:=])([^\n]*)", re.IGNORECASE)
+_SAID = re.compile(r"answer(?:\s+is|\s*[:=])(?=([^\n]*))", re.IGNORECASE)
 
 
 def final_number(text: str) -> Fraction | None:
