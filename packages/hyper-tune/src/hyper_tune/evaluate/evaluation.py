@@ -69,10 +69,18 @@ def evaluate(
         )
     begin = time.monotonic()
     settings = _settings(model, task, decoding)
-    _open(folder, settings)
     keys = extent.keys(len(task))
+    requests = {key: _request(model, task, key) for key in keys}
+    refuse_long(model, list(requests.values()), decoding)
+    _open(folder, settings)
     given = _Rows(folder / "answers.jsonl")
-    _answer(model, task, [key for key in keys if key not in given], given, decoding, batch_size)
+    missing = [key for key in keys if key not in given]
+    if missing:
+        model.load_()
+        asked = [requests[key] for key in missing]
+        found = answers(model, asked, decoding, batch_size=batch_size)
+        for index, text in _progress(found, "answers", len(missing)):
+            given.append(missing[index], {"answer": text})
     scores = _Rows(folder / "scores.jsonl")
     _score(model, task, [key for key in keys if key not in scores], given, scores, jobs)
     scored = [Scored(key[0], given[key]["answer"], scores[key]) for key in keys]
@@ -138,29 +146,10 @@ class _Rows:
         self._rows[key] = row
 
 
-def _answer(
-    model: LanguageModel,
-    task: Task,
-    keys: list[Key],
-    given: _Rows,
-    decoding: Decoding,
-    batch_size: int,
-) -> None:
-    requests = [
-        Request(
-            model.encode(task.turns(row, chat=model.chat)),
-            f"{row} {sample}",
-            f"{task.where(row)}: the prompt",
-        )
-        for row, sample in keys
-    ]
-    refuse_long(model, requests, decoding)
-    if not requests:
-        return
-    model.load_()
-    found = answers(model, requests, decoding, batch_size=batch_size)
-    for index, text in _progress(found, "answers", len(requests)):
-        given.append(keys[index], {"answer": text})
+def _request(model: LanguageModel, task: Task, key: Key) -> Request:
+    row, sample = key
+    tokens = model.encode(task.turns(row, chat=model.chat))
+    return Request(tokens, f"{row} {sample}", f"{task.where(row)}: the prompt")
 
 
 def _score(
