@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hyper_tune.errors import UserError
-from hyper_tune.evaluate.folder_model import FolderModel
 from hyper_tune.evaluate.generation import Decoding, LanguageModel, Request, answers, choose
+from hyper_tune.hf.generation import FolderModel
 from hyper_tune.records import Turn
 from hyper_tune.torchtune.exports import export_merged
 from hyper_tune.torchtune.generation import RunModel

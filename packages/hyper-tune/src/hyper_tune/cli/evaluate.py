@@ -110,7 +110,7 @@ def _open(
         from hyper_tune.torchtune.trained import open_trained
 
         return RunModel(open_trained(model, step=step, base=base, device=device)), True
-    from hyper_tune.evaluate.folder_model import FolderModel
+    from hyper_tune.hf.generation import FolderModel
 
     if step is not None or base is not None:
         raise UserError(f"{model} is not a run folder; --step and --base are for runs.")

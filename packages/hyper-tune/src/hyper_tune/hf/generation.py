@@ -1,4 +1,4 @@
-"""A causal language model of `transformers`, from its folder."""
+"""Text from a causal language model of `transformers`, with its key-value cache."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hyper_tune.durable import digest
 from hyper_tune.errors import UserError
@@ -26,8 +27,6 @@ class FolderModel:
     """
 
     def __init__(self, folder: Path, *, device: str = "cpu", dtype: str = "auto") -> None:
-        from transformers import AutoConfig, AutoTokenizer
-
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"{folder} is neither a run folder (it has no config.yaml) nor a Hugging Face "
@@ -54,8 +53,6 @@ class FolderModel:
         Raises:
             UserError: they are not there, or not of a causal language model.
         """
-        from transformers import AutoModelForCausalLM
-
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True
