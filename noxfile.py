@@ -27,7 +27,10 @@ SUITES = {
         [*ALL[:3], f"{ALL[3]}[torchtune,hf,plot,evaluate]", "psutil"],
         ["packages/hyper-tune/tests"],
     ),
-    "together": ([*EVERYTHING, "build", "hatchling", "PyYAML"], ["tests/together"]),
+    "together": (
+        [*EVERYTHING, f"{ALL[3]}[evaluate]", "build", "hatchling", "PyYAML"],
+        ["tests/together"],
+    ),
     "parity": ([*ALL, "peft", "transformers"], ["tests/parity"]),
 }
 
@@ -51,6 +54,13 @@ def quickstart(session: nox.Session) -> None:
     """Fine-tune a small Llama with HyperAdaLoRA, from nothing to an exported adapter."""
     install(session, *EVERYTHING)
     session.run("python", "recipes/quickstart/quickstart.py", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def generation(session: nox.Session) -> None:
+    """Train and evaluate small models on data in the paper's schemas; runs generated code."""
+    install(session, *EVERYTHING, f"{ALL[3]}[evaluate]")
+    session.run("python", "recipes/generation/generation.py", *session.posargs)
 
 
 @nox.session(reuse_venv=True)
@@ -105,6 +115,7 @@ def types(session: nox.Session) -> None:
         module = name.replace("-", "_")
         session.run("mypy", f"packages/{name}/src/{module}")
     session.run("mypy", "recipes/quickstart/quickstart.py")
+    session.run("mypy", "recipes/generation/generation.py")
 
 
 @nox.session
