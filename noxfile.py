@@ -31,6 +31,9 @@ SUITES = {
         [*EVERYTHING, f"{ALL[3]}[evaluate]", "build", "hatchling", "PyYAML"],
         ["tests/together"],
     ),
+        [*EVERYTHING, f"{ALL[3]}[evaluate]", "build", "hatchling", "PyYAML"],
+        ["tests/together"],
+    ),
     "parity": ([*ALL, "peft", "transformers"], ["tests/parity"]),
 }
 
