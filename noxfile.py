@@ -31,9 +31,6 @@ SUITES = {
         [*EVERYTHING, f"{ALL[3]}[evaluate]", "build", "hatchling", "PyYAML"],
         ["tests/together"],
     ),
-        [*EVERYTHING, f"{ALL[3]}[evaluate]", "build", "hatchling", "PyYAML"],
-        ["tests/together"],
-    ),
     "parity": ([*ALL, "peft", "transformers"], ["tests/parity"]),
 }
 
