@@ -24,10 +24,13 @@ SUITES = {
     ),
     "rank-budget": (["packages/rank-budget[plot]"], ["packages/rank-budget/tests"]),
     "hyper-tune": (
-        [*ALL[:3], f"{ALL[3]}[torchtune,hf,plot]", "psutil", "tensorboard"],
+        [*ALL[:3], f"{ALL[3]}[torchtune,hf,plot,evaluate]", "psutil", "tensorboard"],
         ["packages/hyper-tune/tests"],
     ),
-    "together": ([*EVERYTHING, "build", "hatchling", "PyYAML"], ["tests/together"]),
+    "together": (
+        [*EVERYTHING, f"{ALL[3]}[evaluate]", "build", "hatchling", "PyYAML"],
+        ["tests/together"],
+    ),
     "parity": ([*ALL, "peft", "transformers"], ["tests/parity"]),
 }
 
@@ -51,6 +54,21 @@ def quickstart(session: nox.Session) -> None:
     """Fine-tune a small Llama with HyperAdaLoRA, from nothing to an exported adapter."""
     install(session, *EVERYTHING)
     session.run("python", "recipes/quickstart/quickstart.py", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def generation(session: nox.Session) -> None:
+    """Train and evaluate small models on data in the paper's schemas; runs generated code."""
+    install(session, *EVERYTHING, f"{ALL[3]}[evaluate]")
+    session.run("python", "recipes/generation/generation.py", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def lm_eval(session: nox.Session) -> None:
+    """Evaluate an exported run with lm-evaluation-harness."""
+    install(session, *TEST_TOOLS, *EVERYTHING, "lm_eval", "transformers", "accelerate")
+    test = "packages/hyper-tune/tests/evaluate/test_lm_eval.py"
+    session.run("pytest", "-q", test, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(reuse_venv=True)
@@ -97,6 +115,7 @@ def types(session: nox.Session) -> None:
         module = name.replace("-", "_")
         session.run("mypy", f"packages/{name}/src/{module}")
     session.run("mypy", "recipes/quickstart/quickstart.py")
+    session.run("mypy", "recipes/generation/generation.py")
 
 
 @nox.session

@@ -7,7 +7,7 @@ from pathlib import Path
 FORBIDDEN = ("torchtune", "torchao", "transformers", "peft", "datasets", "accelerate", "matplotlib")
 MODULES = (
     *("assembly", "checkpoint", "parallel", "records", "run_folder", "sampling", "step"),
-    *("cli.main", "merged", "memory", "plan", "provenance", "report"),
+    *("cli.main", "evaluate.evaluation", "merged", "memory", "plan", "provenance", "report"),
 )
 
 

@@ -11,9 +11,11 @@ from safetensors.torch import load, save
 
 from hyper_tune import strict_json
 from hyper_tune.durable import (
+    MANIFEST,
     TEMPORARY,
     DamagedError,
     commit,
+    digest,
     make_folder,
     remove_temporary,
     verify,
@@ -136,6 +138,11 @@ def read_step(folder: Path, step: int) -> Any:
         return _read(_folder(folder, step))
     except DamagedError as error:
         raise UserError(f"checkpoint {_folder(folder, step)} is damaged: {error}") from error
+
+
+def checkpoint_digest(folder: Path, step: int) -> str:
+    """Return the SHA-256 of a checkpoint's manifest, which has those of its files."""
+    return digest(_folder(folder, step) / MANIFEST)
 
 
 def _read(path: Path) -> Any:

@@ -8,6 +8,7 @@ import typer
 
 from hyper_tune.cli.compare import compare
 from hyper_tune.cli.cp import cp
+from hyper_tune.cli.evaluate import evaluate
 from hyper_tune.cli.export import export
 from hyper_tune.cli.generate import generate
 from hyper_tune.cli.ls import ls
@@ -15,7 +16,15 @@ from hyper_tune.cli.plan import plan
 from hyper_tune.cli.ranks import ranks
 from hyper_tune.errors import EXIT_MISTAKE, PERSONS_MISTAKES
 
-_EXTRAS = {"torchtune": "torchtune", "torchao": "torchtune", "matplotlib": "plot"}
+_EXTRAS = {
+    **{"torchtune": "torchtune", "torchao": "torchtune", "matplotlib": "plot"},
+    **{
+        "transformers": "hf",
+        "sacrebleu": "evaluate",
+        "rouge_score": "evaluate",
+        "nltk": "evaluate",
+    },
+}
 
 app = typer.Typer(
     name="hyper-tune",
@@ -24,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (ls, cp, plan, ranks, compare, export, generate):
+for verb in (ls, cp, plan, ranks, compare, export, generate, evaluate):
     app.command()(verb)
 
 

@@ -1,0 +1,1 @@
+"""Generation quality: answers of a trained model, and what they are worth."""

@@ -1,0 +1,85 @@
+"""The number that an answer ends in, however it is written."""
+
+import json
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from hyper_tune.evaluate.gsm8k import final_number
+
+CASES = [
+    ("#### 18", 18),
+    ("3 + 4 = 7\n#### 18\n\nQuestion: what is 2 + 2?\n#### 4", 18),
+    ("####18", 18),
+    ("#### -1,234", -1234),
+    ("#### $18.50", Fraction(37, 2)),
+    ("#### 18.", 18),
+    ("#### 18 dollars", 18),
+    ("#### 1/2", Fraction(1, 2)),
+    ("#### unclear, but 7 remain", 7),
+    ("####\nThe answer is 5", 5),
+    ("The answer is 18.", 18),
+    ("The answer is $-5$.", -5),
+    ("The answer is: -$5", -5),
+    ("So the final answer is **1,000 dollars**. She had 3 at first.", 1000),
+    ("answer: 12 eggs, which is 3 more than 9", 12),
+    ("The answer is 4. No, wait, the answer is 5.", 5),
+    ("The answer is\n42", 42),
+    ("The answer is unknown, perhaps 6", 6),
+    ("The final answer is: $\\boxed{18}$", 18),
+    ("We get \\boxed{3} and then \\boxed{\\$1{,}200}", 1200),
+    ("\\boxed{\\frac{3}{4}} of 8", Fraction(3, 4)),
+    ("\\boxed{-\\dfrac{1}{2}}", Fraction(-1, 2)),
+    ("\\boxed{x} = 5", 5),
+    ("She has 10-5", 5),
+    ("It falls to \u22124", -4),
+    ("It was 10 - 5", 5),
+    ("- 5 apples", 5),
+    ("x = 3.50", Fraction(7, 2)),
+    ("= .5", Fraction(1, 2)),
+    ("it costs $3.50.", Fraction(7, 2)),
+    ("US$3", 3),
+    ("12,345,678", 12345678),
+    ("1234,567", 1234567),
+    ("rooms 1,2", 2),
+    ("rooms 1, 2 and 3", 3),
+    ("20%", 20),
+    ("(18)", 18),
+    ("3 / 4", Fraction(3, 4)),
+    ("1/0 is nothing, 3 is", 3),
+    ("2+2=4", 4),
+    ("18\u00a0km", 18),
+    ("v2.5.1 of A1", None),
+    ("no number", None),
+    ("", None),
+    ("####", None),
+]
+
+
+@pytest.mark.parametrize(("text", "number"), CASES)
+def test_final_number(text: str, number: Fraction | int | None) -> None:
+    assert final_number(text) == number
+
+
+def references(path: Path) -> list[str]:
+    return [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def check(path: Path) -> int:
+    """Read the number after the mark by itself, and compare."""
+    texts = references(path)
+    for text in texts:
+        expected = text.rpartition("#### ")[2].replace(",", "")
+        assert final_number(text) == Fraction(expected), text
+    return len(texts)
+
+
+def test_references_of_the_data_at_hand_are_read() -> None:
+    assert check(Path(__file__).parents[1] / "data" / "gsm8k.jsonl") == 60
+
+
+@pytest.mark.skipif("HYPER_TUNE_GSM8K" not in os.environ, reason="no HYPER_TUNE_GSM8K")
+def test_all_references_are_read() -> None:
+    assert check(Path(os.environ["HYPER_TUNE_GSM8K"])) == 1319
