@@ -9,7 +9,7 @@ from torchtune.modules.common_utils import delete_kv_caches
 from hyper_tune.checkpoint import checkpoint_digest
 from hyper_tune.evaluate.generation import Decoding, Request, refuse_long
 from hyper_tune.evaluate.generation import answers as generated
-from hyper_tune.records import Conversation, Turn
+from hyper_tune.records import Turn
 from hyper_tune.torchtune.base_model import check_files, dtype_of
 from hyper_tune.torchtune.components import build_tokenizer
 from hyper_tune.torchtune.data import messages
@@ -50,7 +50,7 @@ class RunModel:
 
     def encode(self, turns: Sequence[Turn]) -> list[int]:
         """Return a conversation's tokens, in the chat format, up to the next answer."""
-        return prompt_tokens(self._tokenizer, messages(Conversation(tuple(turns), 0)))
+        return prompt_tokens(self._tokenizer, messages(turns))
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of an answer's tokens."""
