@@ -256,9 +256,9 @@ def report(layers: int, rounds: int, threads: list[int]) -> str:
         f"`python benchmarks/rank_allocation.py --layers {layers} --rounds {rounds} --threads "
         f"{listed}` with PyTorch {torch.__version__}, PEFT {peft.__version__}, "
         f"{platform.processor() or platform.machine()}, on a CPU. Times are medians of {rounds} "
-        "rounds that take turns, quotients medians of those within a round; other work kept "
-        f"{LOAD:.0f} processes of the machine waiting or running at the start. Operations are "
-        "those of a step that allocates, views left out: first where all is one run, as on an "
+        "rounds that take turns, quotients medians of those within a round; the load of "
+        f"the machine was {LOAD:.0f} at the start, 0 being idle. Operations are those of a step "
+        "that allocates, views left out: first where all is one run, as on an "
         "accelerator or where a CPU's cache holds it, then here, in runs that the cache holds.",
         "",
         "| sizes | threads | allocator | operations, one run | here | ms between | times PEFT's "
