@@ -40,9 +40,9 @@ def test_all_is_what_the_readme_lists():
 def test_readme_examples_run_and_the_first_learns_in_seconds(capsys):
     code, *rest = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     names: dict[str, object] = {"reuse_": hyper_core.reuse_, "diagnose": hyper_core.diagnose}
-    started = time.perf_counter()
+    started = time.process_time()
     exec(compile(code, str(README), "exec"), names)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     losses = names["losses"]
     assert losses[0] > 0.2
     assert losses[-1] < 0.02
