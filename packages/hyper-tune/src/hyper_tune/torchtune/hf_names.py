@@ -14,8 +14,8 @@ _MODULES = {
     "mlp.w2": "mlp.down_proj",
     "mlp.w3": "mlp.up_proj",
 }
-# torchtune rotates neighbouring pairs in its Llamas, transformers the two halves of a head.
-_PAIRED_ROTATION = ("LLAMA3", "LLAMA3_2")
+# torchtune rotates neighbouring pairs in all but its Qwens, transformers the halves of a head.
+_PAIRED_ROTATION = ("LLAMA2", "LLAMA3", "LLAMA3_2", "MISTRAL", "GEMMA")
 
 
 def hf_module_name(name: str) -> str:

@@ -21,6 +21,7 @@ from hyper_tune.errors import UserError
 from hyper_tune.layout import check_dims
 from hyper_tune.method import MethodConfig
 from hyper_tune.split import SplitGeneration
+from hyper_tune.torchtune.model_types import check_model_type
 
 Component = Mapping[str, Any]
 
@@ -43,7 +44,6 @@ CHECKPOINTER_KEYS = {
 }
 DEVICES = ("cpu", "cuda")
 DTYPES = ("fp32", "bf16")
-MODEL_TYPES = ("LLAMA3", "LLAMA3_2", "QWEN2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,9 +181,7 @@ class RecipeSettings:
             if self.checkpointer.get(key) is not None:
                 raise UserError(f"checkpointer.{key} is not read; remove it.")
         known_fields("checkpointer", self.checkpointer, CHECKPOINTER_KEYS)
-        require_choice(
-            "checkpointer.model_type", str(self.checkpointer.get("model_type")), MODEL_TYPES
-        )
+        check_model_type(self.checkpointer.get("model_type"))
         if "checkpoint_dir" not in self.checkpointer:
             raise UserError(
                 "checkpointer.checkpoint_dir is missing; give the folder of the base's weights."
