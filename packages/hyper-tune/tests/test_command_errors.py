@@ -141,8 +141,8 @@ def test_a_wrong_value_is_named_with_its_rule(fails: Failing, override: str, mes
 def test_options_that_contradict_the_method_are_refused(fails: Failing) -> None:
     message = fails(method={"name": "lora", "pruning": {"interval": 10}, "budget": 2})
     assert message == (
-        "method.name 'lora' has no method.pruning, method.budget; leave them out (on the command "
-        "line of a recipe: '~method.pruning' '~method.budget'), or choose a method that has them."
+        "method.name 'lora' has no method.budget, method.pruning; leave them out (on the command "
+        "line of a recipe: '~method.budget' '~method.pruning'), or choose a method that has them."
     )
 
 

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 from hyper_tune.cli.main import main
 from hyper_tune.errors import UserError
+from hyper_tune.torchtune.model_types import MODEL_TYPES, REFUSED_TYPES
 from hyper_tune.torchtune.recipe import FineTuning
-from hyper_tune.torchtune.settings import MODEL_TYPES, REFUSED_TYPES, RecipeSettings
+from hyper_tune.torchtune.settings import RecipeSettings
 
 TOKENS = torch.arange(3, 61).reshape(2, 29)
 HEAD_DIM = 12  # not hidden / heads, where a model may choose

@@ -21,6 +21,7 @@ from hyper_tune.errors import UserError
 from hyper_tune.layout import check_dims
 from hyper_tune.method import MethodConfig
 from hyper_tune.split import SplitGeneration
+from hyper_tune.torchtune.model_types import check_model_type
 
 Component = Mapping[str, Any]
 
@@ -43,16 +44,6 @@ CHECKPOINTER_KEYS = {
 }
 DEVICES = ("cpu", "cuda")
 DTYPES = ("fp32", "bf16")
-MODEL_TYPES = ("LLAMA2", "LLAMA3", "LLAMA3_2", "MISTRAL", "GEMMA", "QWEN2")
-_FUSED = (
-    "Phi's checkpoints hold queries, keys and values in one matrix, for which there is no export"
-)
-REFUSED_TYPES = {
-    "GEMMA2": "torchtune 0.6.1 caps Gemma 2's last hidden states in place of its logits, so that "
-    "it would train another model than its weights are of",
-    "PHI3_MINI": _FUSED,
-    "PHI4": _FUSED,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,13 +181,7 @@ class RecipeSettings:
             if self.checkpointer.get(key) is not None:
                 raise UserError(f"checkpointer.{key} is not read; remove it.")
         known_fields("checkpointer", self.checkpointer, CHECKPOINTER_KEYS)
-        model_type = str(self.checkpointer.get("model_type"))
-        if model_type in REFUSED_TYPES:
-            raise UserError(
-                f"checkpointer.model_type is {model_type}, but {REFUSED_TYPES[model_type]}; train "
-                f"a model of {', '.join(MODEL_TYPES)}."
-            )
-        require_choice("checkpointer.model_type", model_type, MODEL_TYPES)
+        check_model_type(self.checkpointer.get("model_type"))
         if "checkpoint_dir" not in self.checkpointer:
             raise UserError(
                 "checkpointer.checkpoint_dir is missing; give the folder of the base's weights."
