@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 STEPS, EPOCH = 20, 5
-# Of a run that prunes from step 3 on, every three steps: before the first save, around a pruning, within an
-# epoch and at its end, before the last step and after it.
+# Of a run that prunes from step 3 on, every three steps: before the first save, around a pruning,
+# within an epoch and at its end, before the last step and after it.
 INTERRUPTS = {1: (0, 3, 10), 2: (7,)}
 ALL_INTERRUPTS = (0, 1, 2, 3, 4, 5, 7, 10, 19, 20)
 COMPARED = ("step", "loss", "penalty", "grad_norm", "lr", "live_ranks", "tokens")
