@@ -99,6 +99,17 @@ def bench_budget(session: nox.Session) -> None:
     session.run("python", "benchmarks/rank_allocation.py", "--write", results, *session.posargs)
 
 
+@nox.session(reuse_venv=True)
+def reliability(session: nox.Session) -> None:
+    """Measure what is promised of faults, ten times as often, into benchmarks/results/."""
+    needs, (folder,) = SUITES["hyper-tune"]
+    install(session, *TEST_TOOLS, *needs)
+    counts = {"HYPER_TUNE_ROUNDS": session.env.get("HYPER_TUNE_ROUNDS", "10")}
+    report = {"HYPER_TUNE_RELIABILITY_REPORT": "benchmarks/results/reliability.md"}
+    env = {"OMP_NUM_THREADS": "1", **counts, **report}
+    session.run("pytest", "-q", f"{folder}/reliability", *session.posargs, env=env)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format."""

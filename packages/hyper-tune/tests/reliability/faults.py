@@ -48,6 +48,8 @@ def strike(fault: dict[str, Any]) -> None:
         RUNS[-1].before["poison"] = object()
     elif fault["kind"] == "flip":
         flip_a_bit(RUNS[-1], fault["part"])
+    elif fault["kind"] == "forget":
+        forget(RUNS[-1], fault["part"])
     else:
         raise AssertionError(fault["kind"])
 
@@ -64,6 +66,20 @@ def flip_a_bit(run: FineTuning, part: str) -> None:
     }[part]()
     with torch.no_grad():
         tensor.view(-1)[-1:].view(torch.uint8)[:1].bitwise_xor_(1)
+
+
+def forget(run: FineTuning, part: str) -> None:
+    """Lose a part of a state that was restored, as a resume would that did not know of it."""
+    if part == "moments":
+        run.optimizer.state.clear()
+    elif part == "learning rate":
+        run.optimizer.param_groups[0]["lr"] *= 1.001
+    elif part == "allocator":
+        run.method.allocator.steps -= 1
+    elif part == "position":
+        run.step -= 1
+    else:
+        raise AssertionError(part)
 
 
 def _in_forward(fault: dict[str, Any], *, backward: bool) -> None:
@@ -104,15 +120,17 @@ def install(fault: dict[str, Any]) -> None:
 
 
 def log_samples(path: Path) -> None:
-    """Write a line of step and sample for each sample that is trained on."""
-    current: list[int] = []
+    """Write a line for each step that begins, its number, and for each sample, null and its own."""
 
-    def set_step(run: FineTuning) -> None:
-        current[:] = [run.step]
+    def write(*line: int | None) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def begin(run: FineTuning) -> None:
+        write(run.step, None)
 
     def log(data: FileDataset, index: int) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps([current[0], index]) + "\n")
+        write(None, index)
 
-    wrap(FineTuning, "_optimize", set_step)
+    wrap(FineTuning, "_optimize", begin)
     wrap(FileDataset, "__getitem__", log)

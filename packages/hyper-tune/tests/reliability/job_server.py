@@ -37,6 +37,7 @@ def child(job: dict[str, Any], rank: int, port: int) -> NoReturn:
         if job["samples"]:
             log_samples(Path(f"{job['samples']}.{rank}"))
         if job["function"] == "recipe":
+            cli._PATIENCE_SECONDS = 0
             sys.argv = ["tune", *job["arguments"]]
             cli.main()
         module, _, name = job["function"].partition(":")

@@ -1,0 +1,60 @@
+"""A save that fails on one process ends all of them, and leaves the checkpoints that there were."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyper_tune.checkpoint import read_newest
+
+FAILURES = {
+    "disk full": ("write", "ENOSPC", 0, "No space left on device"),
+    "no permission": ("write", "EACCES", 0, "Permission denied"),
+    "a value that cannot be saved, on the first": ("collect", "poison", 0, "before/poison is a"),
+    "a value that cannot be saved, on the last": ("collect", "poison", -1, "before/poison is a"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failing_save_ends_all_and_changes_nothing(
+    jobs: Any,
+    job_config: Callable[..., Path],
+    rounds: Callable[[int], int],
+    figure: Callable[..., None],
+    tmp_path: Path,
+    name: str,
+) -> None:
+    stage, kind, victim, text = FAILURES[name]
+    took = []
+    for ranks in (2,) if rounds(1) == 1 else (2, 4):
+        output = tmp_path / str(ranks)
+        config = job_config(max_steps=6, save_every_n_steps=2, batch_size=4 // ranks)
+        fault = {"stage": stage, "step": 4, "rank": victim % ranks, "kind": kind}
+        job = jobs.start(config, output, ranks=ranks, faults=[fault])
+        deadline = time.monotonic() + 120
+        while not job.struck(victim % ranks):
+            assert time.monotonic() < deadline, job.said()
+            time.sleep(0.005)
+        struck = time.monotonic()
+        codes = job.wait()
+        took.append(max(job.ended_at) - struck)
+        assert 0 not in codes
+        assert text in job.said(victim % ranks)
+        for other in set(range(ranks)) - {victim % ranks}:
+            said = f"rank {victim % ranks} could not go on; its message says why."
+            assert said in job.said(other)
+            assert codes[other] == 2
+        step, _, reports = read_newest(output / "checkpoints")
+        assert (step, reports) == (2, [])
+        assert os.listdir(output / "checkpoints") == ["step-00000002"]
+        again = jobs.start(config, output, "resume_from_checkpoint=True", ranks=ranks)
+        assert again.wait() == [0] * ranks
+    assert max(took) <= 5
+    figure(
+        6,
+        f"a save fails ({name}): every process raises within 5 s, the old checkpoint stays",
+        f"{len(took)} of {len(took)}, at most {max(took):.2f} s",
+    )

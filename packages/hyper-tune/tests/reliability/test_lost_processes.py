@@ -1,0 +1,94 @@
+"""A process that is killed or stopped ends the job: in seconds, with its name, nothing lost."""
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyper_tune.checkpoint import has_checkpoints, read_newest
+
+# What a fault needs: where it strikes, at which step (of a run that saves at 2 and prunes at 3).
+STAGES = {"forward": 3, "backward": 3, "allocation": 2, "collect": 4, "write": 4, "restore": 0}
+WORDS = {"SIGKILL": "has ended", "SIGSTOP": "is stopped"}
+TIMEOUT, PATIENCE = 2, 5
+
+
+@pytest.fixture
+def started(jobs: Any, job_config: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
+    """Return what starts a job of two that saves every two steps, with a fault."""
+    config = job_config(max_steps=6, save_every_n_steps=2, batch_size=1)
+
+    def start(*overrides: str, **options: Any) -> Any:
+        overrides = (f"collective_timeout_seconds={TIMEOUT}", *overrides)
+        return jobs.start(config, tmp_path / "run", *overrides, ranks=2, **options)
+
+    return start
+
+
+def strike(started: Callable[..., Any], kind: str, stage: str, victim: int) -> float:
+    """Strike one of two processes; return the seconds until the other has ended."""
+    resume = "resume_from_checkpoint=True"
+    if stage == "restore":
+        stop = {"stage": "step", "step": 3, "rank": 1, "kind": "SIGTERM"}
+        assert started(resume, faults=[stop]).wait() == [143, 143]
+    fault = {"stage": stage, "step": STAGES[stage], "rank": victim, "kind": kind}
+    job = started(resume, faults=[fault])
+    survivor = 1 - victim
+    deadline = time.monotonic() + 120
+    while not job.struck(victim):
+        assert time.monotonic() < deadline, job.said(survivor)
+        time.sleep(0.005)
+    struck = time.monotonic()
+    while job.wait(0.05)[survivor] is None:
+        assert time.monotonic() < deadline, job.said(survivor)
+    codes = job.wait(0)
+    assert codes[victim] == (-signal.SIGKILL if kind == "SIGKILL" else None)
+    assert codes[survivor] == 75
+    said = job.said(survivor).splitlines()[-1]
+    assert f"rank {victim} (process {job.processes[victim]}) {WORDS[kind]}" in said
+    assert said.endswith("start the job again with resume_from_checkpoint=True.")
+    took = job.ended_at[survivor] - struck
+    job.kill()
+    folder = job.output / "checkpoints"
+    if has_checkpoints(folder):
+        assert read_newest(folder)[2] == []
+    return float(took)
+
+
+def victims(stage: str) -> tuple[int, ...]:
+    return (0,) if stage == "write" else (0, 1)
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_the_others_end_when_one_does_not_answer(
+    started: Callable[..., Any],
+    rounds: Callable[[int], int],
+    figure: Callable[..., None],
+    kind: str,
+) -> None:
+    cases = [(stage, victim) for stage in STAGES for victim in victims(stage)]
+    # Each round in continuous integration takes every stage once, with one of its victims.
+    chosen = [
+        (stage, victims(stage)[(number + place) % len(victims(stage))])
+        for number in range(rounds(1))
+        for place, stage in enumerate(STAGES)
+    ]
+    limit = PATIENCE + (TIMEOUT if kind == "SIGSTOP" else 0)
+    took = [strike(started, kind, stage, victim) for stage, victim in chosen]
+    assert max(took) <= limit
+    assert set(chosen) <= set(cases)
+    what = "killed" if kind == "SIGKILL" else f"stopped, with a timeout of {TIMEOUT} s"
+    figure(
+        7,
+        f"a process is {what} in {', '.join(STAGES)}: the other ends within {limit} s and names it",
+        f"{len(took)} of {len(took)}, after {min(took):.2f} to {max(took):.2f} s",
+    )
+
+
+def test_without_a_fault_both_finish(started: Callable[..., Any]) -> None:
+    job = started()
+    assert job.wait() == [0, 0]
+    assert "do not answer" not in job.said(0) + job.said(1)
