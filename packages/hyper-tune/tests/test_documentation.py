@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 import hyper_tune
+from hyper_tune.method import METHODS
 from hyper_tune.packaged import packaged_configs
+from hyper_tune.torchtune.model_types import MODEL_TYPES, REFUSED_TYPES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 MODULES = ["hyper_tune"] + [
@@ -37,7 +39,8 @@ def test_the_modules_are_found_and_have_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["HypernetworkSettings", "MethodConfig", "PruningSettings", "assemble"]
+    "name",
+    ["HypernetworkSettings", "MagnitudeSettings", "MethodConfig", "SamplingSettings", "assemble"],
 )
 def test_what_users_call_first_has_an_example_and_its_errors(name: str) -> None:
     text = inspect.getdoc(getattr(hyper_tune, name)) or ""
@@ -67,3 +70,33 @@ def test_the_example_of_the_readme_learns(capsys: pytest.CaptureFixture[str]) ->
     assert names["losses"][-1] < 0.8 * names["losses"][0]
     assert sum(names["method"].ranks().values()) == 4
     assert capsys.readouterr().out.startswith(f"loss {names['losses'][0]:.2f} to ")
+
+
+GUIDE = (Path(__file__).parents[3] / "docs" / "guide" / "methods.md").read_text()
+
+
+def table_below(heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading of the guide, without its rule."""
+    below = GUIDE.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in below.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_guide_has_the_options_of_every_method() -> None:
+    head, *rows = table_below("Options by method")
+    names = [name.strip("`") for name in head[1:]]
+    assert names == list(METHODS)
+    documented = {
+        name: {row[0].strip("`") for row in rows if row[column] == "yes"}
+        for column, name in enumerate(names, 1)
+    }
+    assert documented == {name: set(METHODS[name].settings) for name in METHODS}
+
+
+def test_the_guide_has_every_model_that_is_trained() -> None:
+    rows = table_below("Models")[1:]
+    assert sorted(row[1].strip("`") for row in rows) == sorted(MODEL_TYPES)
+    for name in re.findall(r"`(\w+)`", " ".join(row[0] for row in rows)):
+        importlib.import_module(f"torchtune.models.{name}")
+    for name in REFUSED_TYPES:
+        assert f"`{name.lower().removesuffix('_mini')}`" in GUIDE.split("## Models")[1]
