@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hyper_tune import UserError
-from hyper_tune.factors import LearnedFactors
+from hyper_core import HyperError
+from hyper_tune import HypernetworkSettings, MethodConfig, UserError, assemble
+from hyper_tune.factors import LearnedFactors, PartlyGenerated
 from lowrank_adapters import SVD, FactorStack, LoRA, inject_adapters_
 
 
@@ -82,3 +83,37 @@ def test_the_factors_of_another_model_are_refused(change: str) -> None:
         owner.load_state_dict(saved)
     assert str(caught.value) == f"the saved factors are {shapes}, but this model's are {here}."
     assert torch.equal(stack.values, before)
+
+
+def test_what_is_partly_generated_is_discarded_and_committed_as_its_parts_are() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    settings = HypernetworkSettings(preset="mlp-small")
+    config = MethodConfig("hyperdora", init_rank=2, hypernetwork=settings)
+    method = assemble(model, config, total_steps=3)
+    owner = method.owner
+    assert isinstance(owner, PartlyGenerated)
+    names = [name for name, _ in owner.named_parameters()]
+    assert names[-1] == "magnitude.0"
+    assert list(owner.state_dict())[-1] == "magnitude.0"
+    assert all(name.startswith("hypernetworks.") for name in names[:-1])
+    magnitude = torch.stack([layer.base.weight.norm(dim=1) for layer in model])
+    torch.testing.assert_close(owner.state_dict()["magnitude.0"][:, 0], magnitude)
+
+    owner.refresh()
+    owner.discard()
+    for call in (owner.backward, owner.commit):
+        with pytest.raises(HyperError, match="without a pending refresh"):
+            call()
+    before = owner.state_dict()["state_a_0"].clone()
+    owner.refresh()
+    owner.commit()
+    assert not torch.equal(owner.state_dict()["state_a_0"], before)
+
+    saved = {name: value.clone() for name, value in owner.state_dict().items()}
+    wrong = saved | {"magnitude.0": torch.zeros(1)}
+    with pytest.raises(UserError, match=r"the saved factors are \{'magnitude.0': \(1,\)\}, but"):
+        owner.load_state_dict(wrong)
+    del saved["magnitude.0"]
+    with pytest.raises(UserError, match=r"the saved factors are \{\}, but"):
+        owner.load_state_dict(saved)

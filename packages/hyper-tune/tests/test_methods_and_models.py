@@ -123,3 +123,44 @@ def test_a_method_trains_resumes_and_exports(
     at_the_end = load_file(whole / "adapter" / "adapter_model.safetensors")
     exported = load_file(adapter / "adapter_model.safetensors")
     assert all(torch.equal(exported[key], value) for key, value in at_the_end.items())
+
+
+@pytest.mark.filterwarnings("ignore:lr_scheduler.num_warmup_steps")
+@pytest.mark.parametrize("name", ["dylora", "hyperdylora"])
+def test_a_rank_is_chosen_for_an_export(
+    tmp_path: Path,
+    make_config: ConfigMaker,
+    llama: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    config = make_config(
+        **llama,
+        method=method_section(name),
+        optimizer={"_component_": "torch.optim.Adam", "lr": 2e-3 if "hyper" in name else 0.05},
+        max_steps=STEPS,
+    )
+    train(config)
+    run = tmp_path / "run"
+    with FineTuning(settings_of(config, resume_from_checkpoint=True)) as resumed, torch.no_grad():
+        resumed.method.write_factors_()
+        whole = torch.cat(resumed.model.eval()(TOKENS), dim=1)
+        with resumed.method.at_rank(2):
+            expected = torch.cat(resumed.model(TOKENS), dim=1)
+    assert (whole - expected).abs().max() > 0.05
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    assert main(["export", str(run), str(adapter), "--rank", "2"]) == 0
+    assert main(["export", str(run), str(merged), "--format", "merged", "--rank", "2"]) == 0
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 2
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(llama["checkpointer"]["checkpoint_dir"])
+        add_adapter_(plain, adapter)
+        torch.testing.assert_close(plain(TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
+        loaded = AutoModelForCausalLM.from_pretrained(merged)
+        torch.testing.assert_close(loaded(TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
+    capsys.readouterr()
+    assert main(["export", str(run), str(tmp_path / "no"), "--rank", "4"]) == 2
+    assert capsys.readouterr().err == (
+        "error: rank is 4, but must be a whole number of 1 to method.init_rank = 3; choose one.\n"
+    )
+    assert not (tmp_path / "no").exists()
