@@ -8,11 +8,11 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hyper_tune.assembly import assemble
-from hyper_tune.method import MethodConfig
+from hyper_tune.method import METHODS, MethodConfig
 
 # Of transformers' names that PEFT still uses.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-METHODS = ("lora", "adalora", "hyperlora", "hyperadalora")
+FORMS = [*METHODS, "dora scalar", "hyperdora scalar"]
 
 
 def tiny_llama():
@@ -30,8 +30,9 @@ def tiny_llama():
     )
 
 
-def settings(name):
-    options = {}
+def settings(form):
+    name, *scalar = form.split()
+    options = {"magnitude": {"form": "scalar"}} if scalar else {}
     if name.endswith("adalora"):
         options |= {"budget": 2, "pruning": {"interval": 2}}
     if name.startswith("hyper"):
@@ -52,7 +53,7 @@ def train(model, method, tokens):
     return step.report
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FORMS)
 def test_peft_gives_the_trained_models_logits(name, tmp_path):
     tokens = torch.randint(97, (3, 17))
     base = tiny_llama()
@@ -67,6 +68,8 @@ def test_peft_gives_the_trained_models_logits(name, tmp_path):
     with torch.no_grad():
         expected = model(tokens).logits
     folder = method.export(tmp_path / "adapter", task_type="CAUSAL_LM")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["use_dora"] == name.endswith("dora")
 
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     peft = PeftModel.from_pretrained(base, folder).eval()

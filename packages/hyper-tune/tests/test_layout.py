@@ -69,6 +69,10 @@ def test_a_job_of_another_size_is_refused_before_the_base_is_read(
             {"enable_activation_offloading": True, "device": "cuda"},
             "but moves what activation checkpointing keeps; set enable_activation_checkpointing=",
         ),
+        (
+            {"fsdp_cpu_offload": True, "device": "cuda", "method": {"name": "hyperdora"}},
+            "but hyperdora reads the norms of the base's rows, which GPUs cannot gather from the ",
+        ),
         ({"split_generation": "yes"}, "split_generation is 'yes', but must be True, False or auto"),
         (
             {"split_generation": True, "method": {"name": "lora", "init_rank": 2}},

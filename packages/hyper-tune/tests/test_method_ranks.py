@@ -58,7 +58,7 @@ def test_a_sharded_base_gives_magnitudes_and_an_adapter_as_a_whole_one(
     )
     whole, split = tmp_path / "whole", tmp_path / "split"
     run(config, f"output_dir={whole}", "batch_size=4")
-    command = ["run", "--nproc_per_node", "2", "hyper-tune/hyperadalora_full", "--config"]
+    command = ["run", "--nproc_per_node", "2", "hyper-tune/hyperdora_full", "--config"]
     finished = subprocess.run(
         [Path(sys.executable).with_name("tune"), *command, config, f"output_dir={split}"],
         capture_output=True,

@@ -45,7 +45,8 @@ class TrainingStep:
 
     A context manager made by `Assembly.step`. Inside it, run any number of micro-batches, each
     with `backward`; the rest happens at the end of the block. The factors do not change inside
-    the block, so that activation checkpointing recomputes what the forward pass saw. An exception
+    the block, so that activation checkpointing recomputes what the forward pass saw. Where ranks
+    are sampled, the block uses those of its step, and all are in use outside of it. An exception
     inside the block discards the step. A step whose loss or gradient is not finite is skipped: no
     parameter, score, mask or state changes.
 

@@ -158,6 +158,13 @@ class RecipeSettings:
             remedy = "set device=cuda, or turn it off"
             wanted = getattr(self, name)
             require(not wanted or self.device == "cuda", name, wanted, rule, remedy)
+        magnitude = self.method.magnitude
+        if self.fsdp_cpu_offload and magnitude is not None and magnitude.form == "rows":
+            raise UserError(
+                f"fsdp_cpu_offload is True, but {self.method.name} reads the norms of the base's "
+                "rows, which GPUs cannot gather from the CPU's memory; turn it off, or set "
+                "method.magnitude.form=scalar."
+            )
         fits = self.enable_activation_checkpointing or not self.enable_activation_offloading
         rule = "moves what activation checkpointing keeps"
         remedy = "set enable_activation_checkpointing=True"
