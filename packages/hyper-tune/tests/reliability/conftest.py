@@ -140,6 +140,12 @@ def rounds() -> Callable[[int], int]:
     return lambda few: few * times
 
 
+@pytest.fixture(scope="session")
+def nightly(rounds: Callable[[int], int]) -> bool:
+    """Whether tests are to do all that they can, which takes long."""
+    return rounds(1) > 1
+
+
 FIGURES: list[tuple[int, str, str]] = []
 
 
