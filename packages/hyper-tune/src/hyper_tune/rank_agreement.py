@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from hyper_tune.errors import UserError
@@ -36,9 +37,9 @@ def replicated_tensors(assembly: "Assembly", optimizer: Optimizer) -> dict[str, 
 def digests(tensors: Mapping[str, Tensor]) -> Tensor:
     """Return a 64-bit digest of each tensor's bytes, (tensors,), int64, on the tensors' device.
 
-    d = Σ (2i + 1)·c · byteᵢ mod 2⁶⁴, with an odd c: each byte's factor is odd, so that any one
-    changed byte changes the digest, and factors differ, so that exchanged bytes do too. It finds
-    faults, not forgeries.
+    d = Σ (2i + 1)·c · wordᵢ mod 2⁶⁴, of words of eight bytes and an odd c: each word's factor is
+    odd, so that any change of one word changes the digest, and factors differ, so that exchanged
+    words do too. It finds faults, not forgeries.
 
     >>> a, b = torch.zeros(3), torch.tensor([0.0, 1e-45, 0.0])
     >>> digests({"a": a}).equal(digests({"a": b}))
@@ -48,9 +49,11 @@ def digests(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _digest(tensor: Tensor) -> Tensor:
-    content = tensor.contiguous().reshape(-1).view(torch.uint8).long()
-    position = torch.arange(content.numel(), device=content.device)
-    return (content * (2 * position + 1) * _STRIDE).sum()
+    content = tensor.contiguous().reshape(-1).view(torch.uint8)
+    # At least one byte more: the padded copy also begins where a word may.
+    words = pad(content, (0, 8 - content.numel() % 8)).view(torch.int64)
+    position = torch.arange(len(words), device=words.device)
+    return (words * (2 * position + 1) * _STRIDE).sum()
 
 
 def refuse_disagreement(tensors: Mapping[str, Tensor], where: str) -> None:

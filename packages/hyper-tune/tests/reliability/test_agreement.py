@@ -58,17 +58,6 @@ def test_one_bit_is_caught_and_named(
     figure(11, f"one bit of a {part.removesuffix('s')} of one rank: caught and named", "at once")
 
 
-def test_without_the_setting_nothing_is_compared(
-    jobs: Any, job_config: Callable[..., Path], tmp_path: Path
-) -> None:
-    fault = {"stage": "compare", "step": 4, "rank": 1, "kind": "flip", "part": "factors"}
-    job = jobs.start(
-        job_config(max_steps=5, batch_size=1), tmp_path / "run", ranks=2, faults=[fault]
-    )
-    assert job.wait() == [0, 0]
-    assert job.struck(1) == ""
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
 def test_every_bit_and_every_exchange_changes_the_digest(dtype: torch.dtype) -> None:
     tensor = torch.tensor([0, 1, 0, 1, 1]).to(dtype)

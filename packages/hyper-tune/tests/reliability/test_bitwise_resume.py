@@ -8,6 +8,8 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,49 @@ COMPARED = ("step", "loss", "penalty", "grad_norm", "lr", "live_ranks", "tokens"
 Samples = dict[int, list[int]]
 
 
-@pytest.fixture
-def config(job_config: Callable[..., Path], tmp_path: Path) -> Callable[[int], Path]:
+@pytest.fixture(scope="module")
+def config(
+    write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Path]:
     """Return what writes a configuration of ten samples, two a step, saved at each step."""
-    path = tmp_path / "ten.jsonl"
+    folder = tmp_path_factory.mktemp("ten")
+    path = folder / "ten.jsonl"
     rows = [{"question": f"What is {n}?", "answer": f"{n * n} " + "!" * (n % 3)} for n in range(10)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = {"_component_": "hyper_tune.torchtune.data.file_dataset", "path": str(path)}
     keys = {"max_steps": STEPS, "save_every_n_steps": 1, "keep_checkpoints": 99}
-    return lambda ranks: job_config(dataset=dataset, batch_size=2 // ranks, **keys)
+    return lambda ranks: write_config(
+        folder, dataset=dataset, batch_size=2 // ranks, gradient_accumulation_steps=1, **keys
+    )
+
+
+@dataclass
+class Whole:
+    """A run that nothing has stopped."""
+
+    folder: Path
+    digests: dict[str, str]
+    figures: list[Any]
+    live_ranks: list[int]
+    samples: Samples
+
+
+@pytest.fixture(scope="module")
+def whole(
+    jobs: Any, config: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Whole]:
+    """Return what gives the run of a number of processes, which is made once."""
+
+    @cache
+    def made(ranks: int) -> Whole:
+        folder = tmp_path_factory.mktemp(f"whole-{ranks}")
+        job = jobs.start(config(ranks), folder / "run", ranks=ranks, samples=folder / "seen")
+        assert job.wait() == [0] * ranks
+        live = [row["live_ranks"] for row in job.rows()]
+        seen = samples(folder / "seen", ranks)
+        return Whole(folder / "run", digests(folder / "run"), figures(job), live, seen)
+
+    return made
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -75,32 +111,30 @@ def assert_every_epoch_is_whole(seen: Samples) -> None:
 def test_a_resumed_run_is_the_run_itself(
     jobs: Any,
     config: Callable[[int], Path],
-    rounds: Callable[[int], int],
+    whole: Callable[[int], Whole],
+    nightly: bool,
     figure: Callable[..., None],
     tmp_path: Path,
     ranks: int,
 ) -> None:
-    path = config(ranks)
-    whole = jobs.start(path, tmp_path / "whole", ranks=ranks, samples=tmp_path / "seen")
-    assert whole.wait() == [0] * ranks
-    expected, seen = digests(tmp_path / "whole"), samples(tmp_path / "seen", ranks)
+    path, run = config(ranks), whole(ranks)
+    expected, seen, live = run.digests, run.samples, run.live_ranks
     assert_every_epoch_is_whole(seen)
-    live = [row["live_ranks"] for row in whole.rows()]
     assert live[0] == live[1] > live[2] == live[3] > live[-1]
     states = [expected[f"checkpoints/step-{k + 1:08d}/state.safetensors"] for k in range(STEPS)]
     assert all(one != other for one, other in pairwise(states))
 
-    interrupts = INTERRUPTS[ranks] if rounds(1) == 1 else ALL_INTERRUPTS
+    interrupts = ALL_INTERRUPTS if nightly else INTERRUPTS[ranks]
     for k in interrupts:
         folder, log = tmp_path / f"from-{k}", tmp_path / f"seen-{k}"
-        shutil.copytree(tmp_path / "whole", folder)
+        shutil.copytree(run.folder, folder)
         for step in range(k + 1, STEPS + 1):
             shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
         resume = "resume_from_checkpoint=True"
         job = jobs.start(path, folder, resume, ranks=ranks, samples=log)
         assert job.wait() == [0] * ranks
         assert digests(folder) == expected
-        assert figures(job) == figures(whole)
+        assert figures(job) == run.figures
         again = samples(log, ranks) if k < STEPS else {}
         assert again == {step: seen[step] for step in range(k, STEPS)}
     stopped = ", ".join(map(str, interrupts))
@@ -121,13 +155,12 @@ def test_a_resumed_run_is_the_run_itself(
 def test_five_chained_resumes_give_the_same_digest(
     jobs: Any,
     config: Callable[[int], Path],
+    whole: Callable[[int], Whole],
     figure: Callable[..., None],
     tmp_path: Path,
     ranks: int,
 ) -> None:
-    path = config(ranks)
-    whole = jobs.start(path, tmp_path / "whole", ranks=ranks, samples=tmp_path / "seen")
-    assert whole.wait() == [0] * ranks
+    path, run = config(ranks), whole(ranks)
     kills = (1, 2, 5, 7, 13)
     for step in kills:
         fault = {"stage": "forward", "step": step, "rank": "all", "kind": "SIGKILL"}
@@ -150,29 +183,32 @@ def test_five_chained_resumes_give_the_same_digest(
         samples=tmp_path / "chain",
     )
     assert last.wait() == [0] * ranks
-    assert digests(tmp_path / "chained") == digests(tmp_path / "whole")
-    assert figures(last) == figures(whole)
-    assert samples(tmp_path / "chain", ranks) == samples(tmp_path / "seen", ranks)
+    assert digests(tmp_path / "chained") == run.digests
+    assert figures(last) == run.figures
+    assert samples(tmp_path / "chain", ranks) == run.samples
     figure(
         2,
         f"five chained resumes on {ranks}, after SIGKILL in the steps "
         f"{', '.join(str(step + 1) for step in kills)}: the same digests",
-        f"{len(digests(tmp_path / 'whole'))} files equal",
+        f"{len(run.digests)} files equal",
     )
 
 
 @pytest.mark.parametrize("part", ["moments", "learning rate", "allocator", "position"])
 def test_a_resume_that_forgets_a_part_is_found(
-    jobs: Any, config: Callable[[int], Path], tmp_path: Path, part: str
+    jobs: Any,
+    config: Callable[[int], Path],
+    whole: Callable[[int], Whole],
+    tmp_path: Path,
+    part: str,
 ) -> None:
-    path = config(1)
-    short = ("max_steps=8",)
-    assert jobs.start(path, tmp_path / "run", *short).wait() == [0]
-    expected = digests(tmp_path / "run")
-    for step in range(5, 9):
+    shutil.copytree(whole(1).folder, tmp_path / "run")
+    first = STEPS - 3
+    for step in range(first + 1, STEPS + 1):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
-    fault = {"stage": "step", "step": 4, "rank": 0, "kind": "forget", "part": part}
-    job = jobs.start(path, tmp_path / "run", *short, "resume_from_checkpoint=True", faults=[fault])
+    fault = {"stage": "step", "step": first, "rank": 0, "kind": "forget", "part": part}
+    resume = "resume_from_checkpoint=True"
+    job = jobs.start(config(1), tmp_path / "run", resume, faults=[fault])
     job.wait()
-    assert job.struck() == "forget in step at 4"
-    assert digests(tmp_path / "run") != expected
+    assert job.struck() == f"forget in step at {first}"
+    assert digests(tmp_path / "run") != whole(1).digests

@@ -72,7 +72,10 @@ def loaders(source: str) -> list[str]:
 def test_no_source_reads_a_pickle() -> None:
     found = {path: loaders(path.read_text("utf-8")) for path in PACKAGES.glob("*/src/**/*.py")}
     assert len(found) > 100
-    assert {path: names for path, names in found.items() if names} == {}
+    # Code that a model has written is run by design, in a jail of its own.
+    jailed = {path for path in found if "evaluate" in path.parts}
+    for path, names in found.items():
+        assert set(names) <= ({"compile()", "exec()"} if path in jailed else set()), path
 
 
 def test_the_ban_can_fail() -> None:

@@ -123,7 +123,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
 
     chance = random.Random(ranks)
     killed, lost, reached = 0, [0], 0
-    while killed < rounds(2):
+    while killed < rounds(1):
         job = jobs.start(config, tmp_path / "run", "resume_from_checkpoint=True", ranks=ranks)
         assert job.wait(chance.uniform(0.2, 1.2) * took) != [2] * ranks
         job.kill()
