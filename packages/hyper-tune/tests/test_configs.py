@@ -39,6 +39,7 @@ def masked(path: Path) -> str:
     text = re.sub(r"  checkpoint_files:.*?(?=  model_type)", "  <files>\n", text, flags=re.DOTALL)
     marks = {
         f"gradient_accumulation_steps: {config['gradient_accumulation_steps']} ": "<accumulation> ",
+        f"quantize_base: {config['quantize_base']} ": "<quantised> ",
         config["model"]["_component_"]: "<builder>",
         f"model_type: {config['checkpointer']['model_type']}\n": "<type>\n",
         config["base_model"]: "<base>",
@@ -77,11 +78,12 @@ def test_names_agree_with_each_other(name: str) -> None:
     assert config.model_dir == f"models/{repository}"
     names = (
         repository.removesuffix("-Instruct"),
-        text.splitlines()[0].split(" on ")[1].split(",")[0],
+        text.splitlines()[0].split(" on ")[1].split(",")[0].removesuffix(" in NF4"),
         config.model._component_.rpartition(".")[2].removesuffix("_instruct"),
     )
     for spelling in names:
-        assert re.sub(r"[-. _]", "", spelling.lower()) == name.replace("_", "")
+        assert re.sub(r"[-. _]", "", spelling.lower()) == re.sub("_qlora$|_", "", name)
+    assert config.quantize_base == name.endswith("_qlora") == (" in NF4, " in text)
     assert {match[2] for match in RUNS.finditer(text)} == {name}
     assert f"tune download {config.base_model} --output-dir {config.model_dir}" in text
 
@@ -97,21 +99,23 @@ def test_the_batch_is_the_papers_for_the_processes_of_the_first_command(name: st
 
 
 @cache
-def rehearsed(builder: Callable[..., Any]) -> Rehearsal:
+def rehearsed(model: tuple[Callable[..., Any], bool]) -> Rehearsal:
     """What `plan` measures of a model; all else is the same in the files."""
-    (path, *_) = (path for path in CONFIGS.values() if builder_of(path) is builder)
+    (path, *_) = (path for path in CONFIGS.values() if model_of(path) == model)
     settings = RecipeSettings.from_config(OmegaConf.load(path))
     return rehearse(settings, longest_sample(settings))
 
 
-def builder_of(path: Path) -> Callable[..., Any]:
-    module, _, name = OmegaConf.load(path).model._component_.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+def model_of(path: Path) -> tuple[Callable[..., Any], bool]:
+    """What builds the model, and whether it is held in NF4."""
+    config = OmegaConf.load(path)
+    module, _, name = config.model._component_.rpartition(".")
+    return getattr(importlib.import_module(module), name), bool(config.quantize_base)
 
 
 def peak(path: Path, planned: re.Match[str]) -> str:
     """What a file's line should state, in GiB."""
-    memory = rehearsed(builder_of(path)).memory(BaseLayout.of(int(planned[3] or 1)))
+    memory = rehearsed(model_of(path)).memory(BaseLayout.of(int(planned[3] or 1)))
     return f"{sum(memory.values()) / 2**30:.1f}"
 
 

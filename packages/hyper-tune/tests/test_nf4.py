@@ -1,7 +1,11 @@
 """A base in NF4: what is multiplied, trained, resumed, exported, planned and refused."""
 
 import json
+import os
+import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +230,52 @@ def test_shards_of_a_base_in_nf4_are_refused(config: Callable[..., Path]) -> Non
         "to their number, or set quantize_base=False."
     )
     assert base_layout(settings, 1).shard == 1
+
+
+def test_two_processes_that_each_hold_the_base_train_on_a_stream_and_log_as_one(
+    config: Callable[..., Path], run: Callable[..., None], records: Path, tmp_path: Path
+) -> None:
+    dataset = {
+        "_component_": "hyper_tune.torchtune.streaming.StreamedDataset",
+        "source": "json",
+        "data_files": str(records),
+        "shuffle_buffer": 5,
+    }
+    logger = {
+        "_component_": "torchtune.training.metric_logging.DiskLogger",
+        "log_dir": str(tmp_path),
+        "filename": "log",
+    }
+    sgd = {"_component_": "torch.optim.SGD", "lr": 0.05}
+    path = config(dataset=dataset, optimizer=sgd, metric_logger=logger, log_every_n_steps=3)
+    run(path, f"output_dir={tmp_path / 'one'}")
+    (tmp_path / "log").rename(tmp_path / "log-of-one")
+    tune = str(Path(sys.executable).with_name("tune"))
+    command = [tune, "run", "--nproc_per_node", "2", "hyper-tune/hyperadalora_full"]
+    overrides = [
+        *("gradient_accumulation_steps=1", f"output_dir={tmp_path / 'two'}"),
+        *("data_parallel_shard_dim=1", "data_parallel_replicate_dim=2"),
+    ]
+    finished = subprocess.run(
+        [*command, "--config", str(path), *overrides],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    for expected, found in zip(one, two, strict=True):
+        assert found["tokens"] == expected["tokens"]
+        for key in ("loss", "grad_norm"):
+            assert found[key] == pytest.approx(expected[key], rel=2e-5)
+    logged = [(tmp_path / name).read_text().count("Step ") for name in ("log-of-one", "log")]
+    assert logged == [2, 2]
+    assert len(re.findall(r"^step \d/6: loss ", finished.stderr, re.M)) == 2
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")

@@ -47,6 +47,7 @@ class MethodDiagnosis:
 def diagnose_method(method: Assembly) -> MethodDiagnosis:
     """Measure a method between two steps; it changes nothing, and reads the device.
 
+    >>> import torch
     >>> from hyper_tune import MethodConfig, assemble
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     >>> method = assemble(model, MethodConfig("lora", init_rank=2), total_steps=3)

@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
+from tqdm import tqdm
 
 from hyper_tune.errors import UserError
 from hyper_tune.layout import BaseLayout, own_shard
-from hyper_tune.parallel import shard_base_, world_size
+from hyper_tune.parallel import rank, shard_base_, world_size
 from hyper_tune.torchtune.components import build
 from hyper_tune.torchtune.nf4 import quantisable, quantised
 from hyper_tune.torchtune.settings import RecipeSettings
@@ -58,6 +59,14 @@ def check_files(settings: RecipeSettings) -> None:
                 f"no tokenizer: tokenizer.{key} is {Path(path).absolute()}, which does not exist.\n"
                 f"{_remedy(settings, folder)}"
             )
+
+
+def describe_files(settings: RecipeSettings) -> str:
+    """Return the folder of the base's weights, how many files they are and their size."""
+    folder = Path(settings.checkpointer["checkpoint_dir"])
+    sizes = [(folder / name).stat().st_size for name in weight_files(settings.checkpointer)]
+    files = "1 file" if len(sizes) == 1 else f"{len(sizes)} files"
+    return f"{folder} ({files}, {sum(sizes) / 2**30:.2f} GiB)"
 
 
 def weight_files(checkpointer: Mapping[str, Any]) -> list[str]:
@@ -193,7 +202,10 @@ def load_(
         in_nf4 = {id(layer.weight) for layer in layers_in_nf4}
         shards_on = torch.device("cpu") if settings.fsdp_cpu_offload else device
         held = {}
-        for name, whole in weights.tensors():
+        # None: shown where there is a terminal.
+        quiet = True if rank() else None
+        reading = tqdm(weights.tensors(), "loading", unit="tensor", delay=5, disable=quiet)
+        for name, whole in reading:
             place = places[inside_adapters(name, layers)]
             kept = _held(whole, place, dtype_of(settings), device, shards_on)
             held[inside_adapters(name, layers)] = quantised(kept) if id(place) in in_nf4 else kept

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +44,18 @@ def quantised(weight: Tensor) -> Tensor:
     return nf4
 
 
-def quantise_(layers: Iterable[nn.Linear]) -> None:
-    """Put each layer's weight into NF4, in place; on the meta device without values."""
+def quantise_on_meta_(layers: Iterable[nn.Linear]) -> None:
+    """Put weights on the meta device into NF4, in place: shapes and dtypes, without values."""
+    of_shape: dict[torch.Size, Any] = {}
     for layer in layers:
-        layer.weight = nn.Parameter(quantised(layer.weight.detach()), requires_grad=False)
+        shape = layer.weight.shape
+        if shape not in of_shape:
+            of_shape[shape] = quantised(layer.weight.detach())
+        # Quantising goes piece by piece, which takes long even where there is nothing to do.
+        names, rest = of_shape[shape].__tensor_flatten__()
+        parts = {name: torch.empty_like(getattr(of_shape[shape], name)) for name in names}
+        weight = NF4Tensor.__tensor_unflatten__(parts, rest, shape, layer.weight.stride())
+        layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def as_quantised(weight: Tensor, dtype: torch.dtype, order: Callable[[Tensor], Tensor]) -> Tensor:

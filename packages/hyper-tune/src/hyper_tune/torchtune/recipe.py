@@ -23,6 +23,7 @@ from hyper_tune.torchtune.base_model import (
     base_layout,
     build_on_meta,
     check_files,
+    describe_files,
     load_,
     prepare_,
 )
@@ -103,7 +104,7 @@ class FineTuning:
         )
         warn_of_no_effect(settings, self.total_steps, has_held_out=self.data.held_out is not None)
         self._open_run_folder()
-        say(f"loading the base from {settings.checkpointer['checkpoint_dir']}")
+        say(f"loading the base from {describe_files(settings)}")
         prepare_(model, settings, self.method.stack.leaf_parameters(), self.device)
         load_(model, settings, self.method.layers, self.device)
         self.model = model

@@ -19,7 +19,7 @@ from hyper_tune.split import GenerationCost, SharedGeneration
 from hyper_tune.torchtune.base_model import OUTPUT_CHUNKS, build_on_meta, prepare_
 from hyper_tune.torchtune.components import build
 from hyper_tune.torchtune.loss import cross_entropy_sum
-from hyper_tune.torchtune.nf4 import quantisable, quantise_
+from hyper_tune.torchtune.nf4 import quantisable, quantise_on_meta_
 from hyper_tune.torchtune.settings import RecipeSettings
 from lowrank_adapters import FactorStack, accumulate_orthogonality_gradient_
 
@@ -48,7 +48,7 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
             "give a --length up to that."
         )
     if settings.quantize_base:
-        quantise_(quantisable(model).values())
+        quantise_on_meta_(quantisable(model).values())
     blocks = [list(layer.parameters()) for layer in model.layers]
     in_blocks = {id(parameter) for block in blocks for parameter in block}
     root = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
