@@ -189,6 +189,7 @@ def test_what_four_ranks_pass_around_in_two_copies_and_shares_is_as_planned(
         assert values <= filled["allgather_"] <= 1.35 * values
         assert received["generating in shares"] == (values + 2 * weights) * 3 // 4
         assert rank["losses"] == pytest.approx(alone, rel=1e-6)
+        assert rank["state"] == seen[0]["state"]
 
 
 def test_shares_pay_where_there_is_much_to_generate() -> None:
