@@ -196,8 +196,8 @@ def report(found: dict[str, tuple[float, float]], steps: int) -> str:
             f"{platform.machine()}, one thread. HyperAdaLoRA on a random Llama of {LAYERS} layers, "
             f"{WIDTH} wide: {steps} steps with prunings, validation and checkpoints. The tenth "
             "percentile of the last quarter's steps by the first's, without the first tenth; "
-            f"limits {MEMORY_LIMIT} for memory and {TIME_LIMIT} for the processor's seconds. A leak of "
-            f"{LEAKED_BYTES // 1024} KiB a step and a slowdown to {SLOWER_BY:.0%} more at the end "
+            f"limits {MEMORY_LIMIT} for memory and {TIME_LIMIT} for the processor's seconds. A "
+            f"leak of {LEAKED_BYTES // 1024} KiB a step and steps up to {SLOWER_BY:.0%} slower "
             "are there to be found.",
             "",
             "| run | resident memory | seconds of a step |",
