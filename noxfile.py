@@ -111,6 +111,23 @@ def reliability(session: nox.Session) -> None:
 
 
 @nox.session
+def bench_scale(session: nox.Session) -> None:
+    """Measure how a step's own cost grows, and what loading takes, into benchmarks/results/."""
+    install(session, *EVERYTHING)
+    for name in ("scale", "loading"):
+        results = f"benchmarks/results/{name}.md"
+        session.run("python", f"benchmarks/{name}.py", "--write", results)
+
+
+@nox.session
+def long_run(session: nox.Session) -> None:
+    """Train for 2,000 steps: memory and step time stay flat; writes its result."""
+    install(session, *EVERYTHING)
+    results = "benchmarks/results/long-run.md"
+    session.run("python", "benchmarks/long_run.py", "--write", results, *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format."""
     install(session, "ruff")

@@ -36,7 +36,7 @@ class Arrangement(NamedTuple):
     """How a step is carried out.
 
     ``copies``: of the base, each in shards, among the ranks. ``split``: each rank generates a share
-    of the matrices.
+    of the matrices. ``compiled``: each block by itself, before it is sharded.
     """
 
     state: str
@@ -44,6 +44,7 @@ class Arrangement(NamedTuple):
     accumulation: int
     copies: int = 1
     split: bool = False
+    compiled: bool = False
 
     def __str__(self) -> str:
         return "|".join(map(str, self))
@@ -54,7 +55,7 @@ _SPLIT = [Arrangement(state, True, 2, split=True) for state in STATES]
 # By the number of ranks.
 ARRANGEMENTS = {
     1: _PLAIN,
-    2: _PLAIN + _SPLIT,
+    2: _PLAIN + _SPLIT + [Arrangement("static", True, 2, compiled=True)],
     4: [Arrangement(state, True, 2, copies) for state in STATES for copies in (1, 2, 4)] + _SPLIT,
 }
 
@@ -172,6 +173,9 @@ def end_to_end(state: str) -> dict[str, Tensor]:
 def arranged(arrangement: Arrangement) -> tuple[Model, Assembly]:
     """The model, sharded over the ranks as the arrangement says."""
     model, method = build(arrangement.state, arrangement.split)
+    if arrangement.compiled:
+        for layer in model.layers:
+            layer.compile(backend="aot_eager")
     if arrangement.checkpointing:
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
     layout = BaseLayout.of(parallel.world_size(), replicate=arrangement.copies)

@@ -3,6 +3,7 @@
 Run by torchrun: `plan_ranks.py CONFIG FOLDER` writes FOLDER/RANK.json.
 """
 
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from allocations import allocated_at_most
 from hyper_tune import parallel
 from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.settings import RecipeSettings
+from hyper_tune.tree import flatten
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -43,6 +45,15 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def digest_of(state: Any) -> str:
+    """A digest of all tensors, bit by bit."""
+    tensors, _ = flatten(state)
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(bytes(tensor.flatten().contiguous().view(torch.uint8).tolist()))
+    return digest.hexdigest()
+
+
 def seen_of(config: str) -> dict[str, Any]:
     """Return what this rank's third step does."""
     settings = RecipeSettings.from_config(OmegaConf.load(config))
@@ -56,6 +67,7 @@ def seen_of(config: str) -> dict[str, Any]:
         run.step += 1
         return {
             "losses": losses,
+            "state": digest_of(run.method.state_dict(run.optimizer)),
             "length": len(run.data.order.samples[0]["tokens"]),
             "base": sum(p.to_local().nbytes for p in base),
             "filled": collectives.filled,

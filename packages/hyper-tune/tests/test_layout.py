@@ -12,8 +12,10 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from hyper_tune import parallel
+from hyper_tune.cli.main import main
 from hyper_tune.errors import UserError
 from hyper_tune.layout import BaseLayout
+from hyper_tune.torchtune import base_model
 from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.settings import RecipeSettings
 
@@ -134,3 +136,35 @@ def test_activations_are_offloaded_in_the_forward_pass_alone(
         handle.remove()
     assert seen == ["forward", "logits", "loss"] * settings.gradient_accumulation_steps
     assert not torch.cuda.is_initialized()
+
+
+def test_offloading_is_asked_for_where_there_are_shards(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def record(*_: object, offload: bool) -> None:
+        asked.append(offload)
+
+    monkeypatch.setattr(base_model, "shard_base_", record)
+    monkeypatch.setattr(BaseLayout, "mesh", lambda *_: None)
+    settings = RecipeSettings.from_config(OmegaConf.load(make_config()))
+    model = base_model.build_on_meta(settings)
+    for processes in (1, 2):
+        monkeypatch.setattr(base_model, "world_size", lambda processes=processes: processes)
+        for offload in (False, True):
+            object.__setattr__(settings, "fsdp_cpu_offload", offload)
+            base_model.prepare_(model, settings, [], torch.device("cpu"))
+    assert asked == [False, True]
+
+
+def test_plan_speaks_of_copies_and_shares(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--config", "tiny_llama", "--length", "16", "data_parallel_replicate_dim=2"]
+    assert main([*command, "--nproc", "4"]) == 0
+    whole = capsys.readouterr().out
+    assert main([*command, "--nproc", "4", "split_generation=True"]) == 0
+    shared = capsys.readouterr().out
+    assert "generating in shares" not in whole
+    assert "generating in shares" in shared
+    assert main([*command, "--nproc", "3"]) == 2
+    assert "need a multiple of 2 processes, but the job has 3" in capsys.readouterr().err
