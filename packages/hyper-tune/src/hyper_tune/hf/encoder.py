@@ -70,6 +70,7 @@ def fine_tune_encoder(config: DictConfig) -> dict[str, Any]:
             trainer.add_callback(recorder)
         before = _evaluated(trainer)
         trainer.train(resume_from_checkpoint=_last_checkpoint(settings, folder.metrics))
+        trainer.remove_callback(recorder)  # what follows is in the summary
         summary = _summary(settings, adapted, before, _evaluated(trainer), recorder.seconds)
         if first:
             adapted.export(settings.output_dir / "adapter")
