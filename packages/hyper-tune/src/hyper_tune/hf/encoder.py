@@ -27,13 +27,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hyper_tune import parallel
 from hyper_tune.errors import UserError
-from hyper_tune.hf.adapt import adapt
+from hyper_tune.hf.adaptation import adapt
 from hyper_tune.hf.adapted import AdaptedModel
 from hyper_tune.hf.classification import LabelledTexts, load_classification
 from hyper_tune.hf.encoder_settings import EncoderSettings
 from hyper_tune.hf.scores import SCORES, check_scores
 from hyper_tune.metrics import Metrics
 from hyper_tune.provenance import start_record
+from hyper_tune.report import write_report
 from hyper_tune.run_folder import RunFolder
 
 
@@ -75,6 +76,7 @@ def fine_tune_encoder(config: DictConfig) -> dict[str, Any]:
         if first:
             adapted.export(settings.output_dir / "adapter")
             folder.write_json("summary.json", summary)
+            write_report(settings.output_dir)
         return summary
     finally:
         folder.close()
@@ -238,6 +240,7 @@ def _summary(
         "live_ranks": method.live_ranks,
         "total_ranks": method.total_ranks,
         "steps": adapted.steps,
+        "auto_class": "AutoModelForSequenceClassification",
         "seconds_per_step": median(seconds) if seconds else None,
         "adapter": str(settings.output_dir / "adapter"),
     }
