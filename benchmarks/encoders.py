@@ -47,7 +47,7 @@ COMMON = {
     "head_lr": 1e-3,
     "lr_scheduler": "linear",
     "warmup_steps": 8,
-    "batch_size": 16,
+    "batch_size": 8,
     "max_length": 64,
     "evaluate_every_n_steps": 0,
     "save_every_n_steps": 0,

@@ -14,16 +14,18 @@ CARD = "README.md"
 
 _USE_ADAPTER = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-base = AutoModelForCausalLM.from_pretrained({base})
+base = {auto}.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "this folder")
 """
 _USE_MERGED = """\
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained("this folder")
+model = {auto}.from_pretrained("this folder")
 """
+
+_PIPELINES = {"AutoModelForSequenceClassification": "text-classification"}
 
 
 def model_card(
@@ -41,11 +43,12 @@ def model_card(
     figures = compare_figures([run])
     done = figures if step is None else [("step of this checkpoint", str(step)), *figures]
     use = _USE_MERGED if merged else _USE_ADAPTER
+    auto_class = str((run.summary or {}).get("auto_class", "AutoModelForCausalLM"))
     parts = [
-        _head(base, str(method["name"]), merged=merged),
+        _head(base, str(method["name"]), auto_class, merged=merged),
         f"# {base or 'A local model'}, {method['name']} {kind}",
         _what(method, merged=merged),
-        f"```python\n{use.format(base=json.dumps(base or 'the base model'))}```",
+        f"```python\n{use.format(base=json.dumps(base or 'the base model'), auto=auto_class)}```",
         "## The run",
         _table(done),
         "## Settings",
@@ -75,10 +78,10 @@ def _base(config: Mapping[str, Any]) -> str | None:
     return str(named) if named is not None and "/" in str(named) else None
 
 
-def _head(base: str | None, method: str, *, merged: bool) -> str:
+def _head(base: str | None, method: str, auto_class: str, *, merged: bool) -> str:
     head: dict[str, Any] = {
         "library_name": "transformers" if merged else "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _PIPELINES.get(auto_class, "text-generation"),
         "tags": ["hyper-tune", method] + ([] if merged else ["lora"]),
     }
     if base is not None:

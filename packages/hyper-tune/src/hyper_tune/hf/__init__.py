@@ -1,7 +1,7 @@
 """Methods on models of transformers: for its Trainer, for accelerate, and for plain loops."""
 
 from hyper_tune.hf.accelerated import register_, shard_
-from hyper_tune.hf.adapt import adapt
+from hyper_tune.hf.adaptation import adapt
 from hyper_tune.hf.adapted import AdaptedModel
 from hyper_tune.hf.callback import MethodCallback
 from hyper_tune.hf.optimizer import MethodOptimizer

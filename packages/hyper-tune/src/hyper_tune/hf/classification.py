@@ -72,7 +72,7 @@ class ClassificationData:
             object.__setattr__(self, "text", GLUE[self.glue])
         elif isinstance(self.text, str):
             object.__setattr__(self, "text", (self.text,))
-        if self.train is None or not Path(self.train).is_dir():
+        if self.glue is not None or Path(self.train or "").suffix in _READERS:
             fits = len(self.text) in (1, 2)
             require(fits, "data.text", list(self.text), "must be one or two columns", "name them")
         try:

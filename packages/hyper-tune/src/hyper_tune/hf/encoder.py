@@ -1,6 +1,5 @@
 """One run of an encoder on a classification set, from its settings to the exported adapter."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -18,22 +16,21 @@ from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from hyper_tune import parallel
 from hyper_tune.errors import UserError
-from hyper_tune.hf.adapt import adapt
+from hyper_tune.hf.adaptation import adapt
 from hyper_tune.hf.adapted import AdaptedModel
 from hyper_tune.hf.classification import LabelledTexts, load_classification
 from hyper_tune.hf.encoder_settings import EncoderSettings
+from hyper_tune.hf.recorder import Recorder
 from hyper_tune.hf.scores import SCORES, check_scores
 from hyper_tune.metrics import Metrics
 from hyper_tune.provenance import start_record
+from hyper_tune.report import write_report
 from hyper_tune.run_folder import RunFolder
 
 
@@ -70,10 +67,12 @@ def fine_tune_encoder(config: DictConfig) -> dict[str, Any]:
             trainer.add_callback(recorder)
         before = _evaluated(trainer)
         trainer.train(resume_from_checkpoint=_last_checkpoint(settings, folder.metrics))
+        trainer.remove_callback(recorder)  # what follows is in the summary
         summary = _summary(settings, adapted, before, _evaluated(trainer), recorder.seconds)
         if first:
             adapted.export(settings.output_dir / "adapter")
             folder.write_json("summary.json", summary)
+            write_report(settings.output_dir)
         return summary
     finally:
         folder.close()
@@ -237,70 +236,7 @@ def _summary(
         "live_ranks": method.live_ranks,
         "total_ranks": method.total_ranks,
         "steps": adapted.steps,
+        "auto_class": "AutoModelForSequenceClassification",
         "seconds_per_step": median(seconds) if seconds else None,
         "adapter": str(settings.output_dir / "adapter"),
     }
-
-
-class Recorder(TrainerCallback):  # type: ignore[misc]
-    """Writes a row of ``metrics.jsonl`` for each optimizer step and each evaluation in training,
-    and shows how far the run is.
-    """
-
-    def __init__(self, metrics: Metrics, adapted: AdaptedModel) -> None:
-        self._metrics = metrics
-        self._adapted = adapted
-        self._started = 0.0
-        self.seconds: list[float] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the bar."""
-        name, done = self._adapted.method.config.name, state.global_step
-        self._bar = tqdm(total=state.max_steps, initial=done, desc=name, unit="step")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock of a step."""
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop it."""
-        self.seconds.append(time.perf_counter() - self._started)
-        self._bar.update()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write what Trainer logs of a step or an evaluation."""
-        report = self._adapted.report
-        if logs is None or report is None or state.global_step == 0:
-            return
-        if "loss" in logs:
-            row = {
-                "step": state.global_step,
-                "loss": logs["loss"] if report.finite else None,
-                "penalty": report.penalty if report.finite else None,
-                "grad_norm": report.grad_norm if report.finite else None,
-                "lr": logs["learning_rate"],
-                "live_ranks": report.live_ranks,
-                "seconds": self.seconds[-1],
-                "skipped": not report.finite,
-            }
-            self._metrics.append(row)
-            self._bar.set_postfix_str(f"loss {logs['loss']:.4f}, ranks {report.live_ranks}")
-        elif "eval_loss" in logs:
-            named = {key: value for key, value in logs.items() if key.startswith("eval_")}
-            scores = {
-                f"validation_{key.removeprefix('eval_')}": value
-                for key, value in named.items()
-                if not key.endswith(("time", "per_second"))
-            }
-            self._metrics.append({"step": state.global_step, **scores})

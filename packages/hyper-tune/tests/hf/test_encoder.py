@@ -1,0 +1,284 @@
+"""A run of an encoder from its file of settings to a folder that explains itself."""
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import BertTokenizerFast as BertTokenizer
+
+from hyper_tune import UserError
+from hyper_tune.hf.encoder import fine_tune_encoder
+from hyper_tune.hf.encoder_settings import EncoderSettings
+from hyper_tune.hf.scores import accuracy, check_scores, f1, matthews
+from hyper_tune.run_record import RunRecord
+from lowrank_adapters import import_peft_
+
+ROOT = Path(__file__).parents[4]
+WORDS = ["red", "blue", "one", "two", "three", "four", "five", "six"]
+DATA, MODEL = "HYPER_TUNE_ENCODER_DATA", "HYPER_TUNE_ENCODER_MODEL"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random BERT as its makers publish it: a body, another head, a tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    size = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.5,  # so that an untrained body tells words apart
+    )
+    BertForMaskedLM(size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows in the formats of RTE, WNLI and MR; red is yes, blue is no."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = {"entailment": [], "not_entailment": []}
+    for number in range(48):
+        color, label = ("red", "entailment") if number % 2 else ("blue", "not_entailment")
+        lines[label].append(f"{color} {WORDS[2 + number % 6]}")
+    for task, names in (("rte", tuple(lines)), ("wnli", ("1", "0"))):
+        (folder / task).mkdir()
+        rows = [
+            f"{i}\t{text}\t{text}\t{name}"
+            for name, texts in zip(names, lines.values(), strict=True)
+            for i, text in enumerate(texts)
+        ]
+        text = "index\tsentence1\tsentence2\tlabel\n" + "\n".join(rows) + "\n"
+        for split in ("train", "dev"):
+            (folder / task / f"{split}.tsv").write_text(text)
+    (folder / "mr").mkdir()
+    for name, texts in zip(("pos", "neg"), lines.values(), strict=True):
+        (folder / "mr" / name).write_text("\n".join(texts) + "\n")
+    return folder
+
+
+def settings(folder: Path, encoder: Path, rows: Path, **options: Any) -> Any:
+    pruning = {"interval": 2}
+    method = {"init_rank": 2, "budget": 1, "pruning": pruning}
+    method["hypernetwork"] = {"preset": "attention-small"}
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "model": str(encoder),
+        "data": {
+            "train": str(rows / "rte" / "train.tsv"),
+            "validation": str(rows / "rte" / "dev.tsv"),
+            "text": ["sentence1", "sentence2"],
+        },
+        "method": {"name": "hyperadalora", **method},
+        "lr": 1e-3,
+        "head_lr": 1e-2,
+        "epochs": 8,
+        "batch_size": 8,
+        "metrics": ["accuracy", "f1"],
+    }
+    return OmegaConf.create({**defaults, **options})
+
+
+def test_run_learns_and_its_folder_explains_it(tmp_path: Path, model: Path, data: Path) -> None:
+    folder = tmp_path / "run"
+    summary = fine_tune_encoder(settings(folder, model, data, epochs=10))
+    assert summary["after"]["accuracy"] > 0.9 > 0.7 > summary["before"]["accuracy"]
+    assert summary["after"]["loss"] < summary["before"]["loss"] / 2
+    assert (summary["live_ranks"], summary["total_ranks"], summary["steps"]) == (13, 26, 60)
+    assert summary["head_parameters"] == 2 * 16 + 2
+    run = RunRecord.read(folder)
+    assert run.summary == json.loads(json.dumps(summary))
+    assert [step for step, _ in run.figures("loss")] == list(range(1, 61))
+    assert [step for step, _ in run.figures("validation_accuracy")] == list(range(6, 61, 6))
+    assert run.figures("validation_f1")[-1] == (60, summary["after"]["f1"])
+    assert len(run.starts) == 1
+    assert run.config["method"]["name"] == "hyperadalora"
+    fresh = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
+    import_peft_(fresh, folder / "adapter")
+    with torch.no_grad():
+        logits = fresh(torch.tensor([[2, 5, 7, 3, 5, 7, 3], [2, 6, 7, 3, 6, 7, 3]]))["logits"]
+    assert logits.argmax(dim=-1).tolist() == [0, 1]  # entailment, not_entailment
+
+
+def test_run_goes_on_where_it_was_killed(tmp_path: Path, model: Path, data: Path) -> None:
+    options = {"save_every_n_steps": 3, "evaluate_every_n_steps": 0, "max_steps": 9}
+    whole = tmp_path / "whole"
+    fine_tune_encoder(settings(whole, model, data, **options))
+    adapters = load_file(whole / "adapter" / "adapter_model.safetensors")
+    for step in (6, 9):
+        for path in (whole / "checkpoints" / f"checkpoint-{step}").iterdir():
+            path.unlink()
+        (whole / "checkpoints" / f"checkpoint-{step}").rmdir()
+    with pytest.raises(UserError, match=r"holds an earlier run; set resume_from_checkpoint=True"):
+        fine_tune_encoder(settings(whole, model, data, **options))
+    fine_tune_encoder(settings(whole, model, data, resume_from_checkpoint=True, **options))
+    again = load_file(whole / "adapter" / "adapter_model.safetensors")
+    assert list(again) == list(adapters)
+    assert all(torch.equal(again[name], value) for name, value in adapters.items())
+    assert [step for step, _ in RunRecord.read(whole).figures("loss")] == list(range(1, 10))
+
+
+def test_best_checkpoint_and_early_stopping(tmp_path: Path, model: Path, data: Path) -> None:
+    options = {"keep_best": True, "early_stopping_patience": 2, "lr": 1e-9, "head_lr": 1e-9}
+    with pytest.warns(UserWarning, match=r"at step 18 of 48, or its best checkpoint is of step 6"):
+        summary = fine_tune_encoder(settings(tmp_path / "run", model, data, **options))
+    run = RunRecord.read(tmp_path / "run")
+    assert [step for step, _ in run.figures("validation_accuracy")] == [6, 12, 18]
+    assert (summary["steps"], summary["live_ranks"]) == (6, 23)
+
+
+REFUSED = {
+    "unknown key": ({"epoch": 3}, "configuration has no key 'epoch'; did you mean 'epochs'?"),
+    "missing key": ({"lr": None}, "configuration: the key 'lr' is missing; add it."),
+    "unknown data": ({"data": {"path": "x"}}, "data has no key 'path'"),
+    "no section": ({"data": "rte"}, "configuration: data must be a section of keys."),
+    "metric": ({"metrics": ["bleu"]}, "metrics is 'bleu', but must be one of accuracy, f1, matth"),
+    "number": ({"batch_size": 0}, "batch_size is 0, but must be a whole number at least 1"),
+    "method": ({"method": {"name": "adalore"}}, "did you mean 'adalora'?"),
+    "best": (
+        {"keep_best": True, "save_every_n_steps": 3},
+        "keep_best compares evaluations with checkpoints, but evaluate_every_n_steps is None and",
+    ),
+    "no evaluation": (
+        {"early_stopping_patience": 1, "evaluate_every_n_steps": 0},
+        "evaluate_every_n_steps is 0, so that there is no best checkpoint; set it, or leave",
+    ),
+    "no folder": (
+        {"model": "no-such/encoder"},
+        "model 'no-such/encoder' cannot be had (",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_mistake_is_named_before_a_model_loads(
+    tmp_path: Path, model: Path, data: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*words: Any, **options: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", never)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options, message = REFUSED[kind]
+    with pytest.raises(UserError, match=re.escape(message)):
+        fine_tune_encoder(settings(tmp_path / "run", model, data, **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_score_of_two_labels_is_not_for_three() -> None:
+    with pytest.raises(UserError, match=r"metrics has 'f1', which is for two labels, but the data"):
+        check_scores(["accuracy", "f1"], ["a", "b", "c"])
+
+
+def test_scores_equal_counting_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 7, 40):
+        guess, truth = torch.randint(0, 2, (2, size), generator=generator)
+        pairs = list(zip(guess.tolist(), truth.tolist(), strict=True))
+        count = {pair: pairs.count(pair) for pair in ((0, 0), (0, 1), (1, 0), (1, 1))}
+        tn, fn, fp, tp = (count[pair] for pair in ((0, 0), (0, 1), (1, 0), (1, 1)))
+        assert accuracy(guess, truth) == (tp + tn) / size
+        below = 2 * tp + fp + fn
+        assert f1(guess, truth) == pytest.approx(2 * tp / below if below else 0.0)
+        root = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+        expected = (tp * tn - fp * fn) / root if root else 0.0
+        assert matthews(guess, truth) == pytest.approx(expected, abs=1e-12)
+
+
+def recipe() -> Any:
+    place = ROOT / "recipes" / "encoders" / "train.py"
+    spec = importlib.util.spec_from_file_location("encoders_train", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["rte", "wnli", "mr"])
+def test_files_of_settings_are_valid_but_for_what_the_user_gives(name: str) -> None:
+    config = OmegaConf.load(ROOT / "recipes" / "encoders" / f"{name}.yaml")
+    if name == "mr":
+        config.data_dir = "somewhere"
+    found = EncoderSettings.from_config(config)
+    assert found.method.name == "hyperadalora"
+    assert found.model == "roberta-base"
+
+
+def test_command_trains_and_says_what_came_out(
+    tmp_path: Path, model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", str(ROOT / "recipes" / "encoders" / "mr.yaml")]
+    given = {"data_dir": data, "model": model, "output_dir": tmp_path / "run", "max_steps": 4}
+    words += [f"{key}={value}" for key, value in given.items()]
+    words += ["method.name=adalora", "method.pruning.interval=1", "warmup_steps=1"]
+    assert recipe().main([*words, "method.init_rank=2", "method.budget=1"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^before: loss \d\.\d{4}, accuracy 0\.\d{4}$", out, flags=re.MULTILINE)
+    assert f"ranks: 13 of 26\nadapter: {tmp_path / 'run' / 'adapter'}\n" in out
+
+
+def test_command_prints_a_mistake_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert recipe().main(["lr=1"]) == 2
+    assert recipe().main(["--config", "nowhere.yaml"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "error: --config is missing; give a file, such as recipes/encoders/rte.yaml.",
+        "error: --config nowhere.yaml does not exist.",
+    ]
+
+
+@pytest.mark.skipif(
+    DATA not in os.environ or MODEL not in os.environ,
+    reason=f"{DATA} or {MODEL} is not set: a folder with rte, wnli and mr, and one with an encoder",
+)
+@pytest.mark.parametrize("task", ["rte", "wnli", "mr"])
+@pytest.mark.parametrize("name", ["lora", "adalora", "hyperadalora"])
+def test_real_encoder_learns_real_rows(tmp_path: Path, task: str, name: str) -> None:
+    source = Path(os.environ[DATA])
+    rows: dict[str, Any] = {
+        "train": str(source / task / "train.tsv"),
+        "validation": str(source / task / "dev.tsv"),
+        "text": ["sentence1", "sentence2"],
+    }
+    if task == "mr":
+        rows = {"train": str(source / "mr"), "validation_fraction": 0.05}
+    method: dict[str, Any] = {"name": name, "init_rank": 3}
+    if name != "lora":
+        method |= {"init_rank": 6, "budget": 3, "pruning": {"interval": 10}}
+    if name == "hyperadalora":
+        method |= {"hypernetwork": {"preset": "attention-small"}}
+    summary = fine_tune_encoder(
+        settings(
+            tmp_path / "run",
+            Path(os.environ[MODEL]),
+            source,
+            data=rows,
+            method=method,
+            lr=1e-4 if name == "hyperadalora" else 1e-2,
+            head_lr=1e-3,
+            max_steps=40,
+            batch_size=16,
+            max_length=64,
+            metrics=["accuracy"],
+        )
+    )
+    losses = [loss for _, loss in RunRecord.read(tmp_path / "run").figures("loss")]
+    assert len(losses) == 40
+    if task == "mr":  # the others take longer to leave chance
+        assert summary["after"]["accuracy"] > 0.6
+        assert sum(losses[-10:]) < sum(losses[:10])
