@@ -29,7 +29,7 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Scale:
-    """A configuration, what is changed in it, and how answers are asked for."""
+    """A configuration, what is changed in it ({data} is the folder), how answers are asked for."""
 
     config: str
     overrides: tuple[str, ...]
@@ -39,7 +39,7 @@ class Scale:
 SCALES = {
     "tiny": Scale(
         "tiny_llama",
-        ("max_steps=150", "~exact_match", "~dataset_val"),
+        ("max_steps=150", "~exact_match", "dataset_val.path={data}/test.jsonl"),
         ("--max-new-tokens", "24", "--limit", str(_TINY_TEST), "--batch-size", "20"),
     ),
     "real": Scale("llama3_1_8b", (), ("--max-new-tokens", "512", "--batch-size", "32")),
@@ -99,7 +99,7 @@ def train(run: Path, config: str, method: str, data: Path, overrides: list[str])
         *("run", "hyper-tune/hyperadalora_full", "--config", config),
         *(f"output_dir={run}", f"method.name={method}", "resume_from_checkpoint=True"),
         f"dataset.path={data / 'train.jsonl'}",
-        *overrides,
+        *(override.replace("{data}", str(data)) for override in overrides),
     ]
     _run(command)
 

@@ -111,7 +111,7 @@ def test_commands_are_those_that_a_user_types(recipe, tmp_path, monkeypatch):
     typed = []
     monkeypatch.setattr(recipe.generation, "_run", typed.append)
     run = tmp_path / "run"
-    recipe.generation.train(run, "llama3_1_8b", "adalora", Path("data/alpaca"), ["seed=1"])
+    recipe.generation.train(run, "llama3_1_8b", "adalora", Path("data/alpaca"), ["x={data}/y"])
     (command,) = typed
     assert command[1:] == [
         *("run", "hyper-tune/hyperadalora_full", "--config", "llama3_1_8b", f"output_dir={run}"),
@@ -119,7 +119,7 @@ def test_commands_are_those_that_a_user_types(recipe, tmp_path, monkeypatch):
             "method.name=adalora",
             "resume_from_checkpoint=True",
             "dataset.path=data/alpaca/train.jsonl",
-            "seed=1",
+            "x=data/alpaca/y",
         ),
     ]
     run.mkdir()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hyper_tune.errors import UserError
 from hyper_tune.evaluate.generation import Decoding, LanguageModel, Request, answers, choose
@@ -45,7 +45,7 @@ class Tokens:
         return [list(map(int, found[index].split())) for index in range(len(prompts))]
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "a folder"])
+@pytest.fixture(scope="module", params=[*FAMILIES, "a folder", "a GPT-2"])
 def tokens(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -56,12 +56,24 @@ def tokens(
     if request.param == "a folder":
         folder = Path(request.getfixturevalue("llama")["checkpointer"]["checkpoint_dir"])
         model: LanguageModel = FolderModel(with_tokenizer(tmp_path_factory, folder))
+    elif request.param == "a GPT-2":
+        # Its positions are absolute: a rotation would not notice a shift.
+        folder = with_tokenizer(tmp_path_factory, gpt2(tmp_path_factory.mktemp("gpt2")))
+        model = FolderModel(folder)
     else:
         place = tmp_path_factory.mktemp("run")
         run(write_config(place, **request.getfixturevalue(request.param)))
         folder = export_merged(open_trained(place / "run"), place / "merged")
         model = RunModel(open_trained(place / "run"))
     return Tokens(model), AutoModelForCausalLM.from_pretrained(folder)
+
+
+def gpt2(folder: Path) -> Path:
+    """Save a GPT-2 of a few thousand random weights."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3)).save_pretrained(folder)
+    return folder
 
 
 def with_tokenizer(factory: pytest.TempPathFactory, folder: Path) -> Path:
@@ -73,7 +85,7 @@ def with_tokenizer(factory: pytest.TempPathFactory, folder: Path) -> Path:
     for path in folder.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
     for name in ("tokenizer.model", "special_tokens.json"):
-        (target / name).unlink()
+        (target / name).unlink(missing_ok=True)
     words = {word: number for number, word in enumerate(["?", "<end>", *"abcdefgh"])}
     made = Tokenizer(models.WordLevel(words, unk_token="?"))
     made.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -84,6 +84,7 @@ class FolderModel:
         """Read on, and return what follows the last token: (rows, vocabulary)."""
         found = self._model(
             input_ids=tokens,
+            position_ids=positions,
             attention_mask=visible.long(),
             past_key_values=self._past,
             use_cache=True,
