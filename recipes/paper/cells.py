@@ -1,0 +1,278 @@
+"""What a table runs: command lines that a user could type, each with a folder of its own."""
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from experiment import MEASURES, Experiment, Point, catalogue
+
+from hyper_tune.errors import UserError
+from hyper_tune.method import METHODS
+
+RECIPES = Path(__file__).parents[1]
+_BODY = "method.hypernetwork.preset="
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One command. In ``words``, {cell} is its folder, {need0} that of a cell it needs, {file0} a
+    file that it reads. ``result``: the file that a finished one leaves in its folder.
+    """
+
+    label: str
+    words: tuple[str, ...]
+    result: str
+    needs: tuple["Cell", ...] = ()
+    files: tuple[Path, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for all that defines the cell: words, contents of files, cells that it needs."""
+        parts = [self.words, [contents(f) for f in self.files], [n.digest for n in self.needs]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def folder(self, output: Path) -> Path:
+        """Return the cell's folder under that of all."""
+        return output / "cells" / self.digest
+
+    def command(self, output: Path) -> list[str]:
+        """Return the words with paths in them."""
+        places = {"cell": str(self.folder(output))}
+        places |= {f"need{i}": str(need.folder(output)) for i, need in enumerate(self.needs)}
+        places |= {f"file{i}": str(path) for i, path in enumerate(self.files)}
+        return [_filled(word, places) for word in self.words]
+
+
+def _filled(word: str, places: Mapping[str, str]) -> str:
+    for name, path in places.items():
+        word = word.replace(f"{{{name}}}", path)
+    return word
+
+
+@cache
+def contents(path: Path) -> str:
+    """Return a digest of a file, or of the names and sizes of a folder's files."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    inside = sorted(file for file in path.rglob("*") if file.is_file())
+    sizes = [(str(file.relative_to(path)), file.stat().st_size) for file in inside]
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a data set. ``stand_in``: what they are where they are not that data set's."""
+
+    train: Path
+    test: Path
+    stand_in: str | None
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes the cells of an experiment at a scale, on the data in a folder."""
+
+    experiment: Experiment
+    scale: str
+    data: Path | None
+    device: str
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the catalogue has of the scale."""
+        found: Mapping[str, Any] = catalogue()["scales"][self.scale]
+        return found
+
+    def measured(self, point: Point, seed: int) -> dict[str, Cell]:
+        """Return the cells whose results hold the measures at a point, by kind of measure.
+
+        Of a run whose time to the loss is asked, "baseline" is the one that sets the loss.
+        """
+        kinds = {MEASURES[name][0] for name in self.experiment.measures_of(point)}
+        if kinds == {"step cost"}:
+            return {"step cost": self._step_cost(point, seed)}
+        found = {"training": self._training(point, seed)}
+        if any(name.endswith("to the loss") for name in self.experiment.measures_of(point)):
+            found["baseline"] = self._training(self._without_hypernetwork(point), seed)
+        if "evaluation" in kinds:
+            found["evaluation"] = self._evaluation(point, seed, found["training"])
+        if "similarity" in kinds:
+            other = self._training(self._without_hypernetwork(point), seed)
+            found["similarity"] = self._similarity(point, seed, (other, found["training"]))
+        return found
+
+    def all_cells(self, seeds: Sequence[int]) -> list[Cell]:
+        """Return every cell once, each after those that it needs."""
+        found: dict[str, Cell] = {}
+
+        def add(cell: Cell) -> None:
+            for need in cell.needs:
+                add(need)
+            found.setdefault(cell.digest, cell)
+
+        for seed in seeds:
+            for point in self.experiment.points(self.scale):
+                for cell in self.measured(point, seed).values():
+                    add(cell)
+        return list(found.values())
+
+    def stand_ins(self, point: Point) -> dict[str, str]:
+        """Return what stands in for the point's model and data, by axis."""
+        found = {}
+        model = catalogue()["models"][point["model"]][self.scale].get("stand_in")
+        if model is not None and "data" in point:
+            found["model"] = model
+        if "data" in point and (source := self.source(point["data"])).stand_in:
+            found["data"] = source.stand_in
+        if "data" not in point and self._shape(point) != point["model"].lower():
+            found["model"] = self._shape(point)
+        return found
+
+    def source(self, name: str) -> Source:
+        """Return the files of a data set.
+
+        Raises:
+            UserError: none are in the folder; what to download and where to put it.
+        """
+        entry = catalogue()["data"][name]
+        offered = [*entry["sources"], *(entry.get("tiny", ()) if self.scale == "tiny" else ())]
+        asked = " or ".join(f"{s['train']} and {s['test']}" for s in offered)
+        get = entry["get"].replace("DATA", str(self.data or "DATA"))
+        if self.data is None or not self.data.is_dir():
+            where = "--data is missing" if self.data is None else f"--data {self.data} is no folder"
+            raise UserError(f"{where}; {name} needs {asked} in it. Where there is a network: {get}")
+        for option in offered:
+            train, test = self.data / option["train"], self.data / option["test"]
+            if train.is_file() and test.is_file():
+                return Source(train.resolve(), test.resolve(), option.get("stand_in"))
+        raise UserError(
+            f"{self.data} has no {name}: expected {asked}. Where there is a network: {get}"
+        )
+
+    @staticmethod
+    def _without_hypernetwork(point: Point) -> Point:
+        """Return the point of the run that sets the loss: no hypernetwork, and no other choice."""
+        kept = {axis: point[axis] for axis in ("model", "data")}
+        return kept | {"method": point["method"].removeprefix("hyper")}
+
+    def _overrides(self, point: Point, kind: str) -> list[str]:
+        groups = catalogue()["overrides"][kind][self.scale]
+        method = METHODS[point["method"]]
+        own = (
+            "generated" if method.generated else "learned",
+            "pruned" if method.prunes else "unpruned",
+        )
+        words = [word for group in ("all", *own) for word in groups.get(group, ())]
+        if self.experiment.axes.keys() <= point.keys():
+            words += self.experiment.chosen(point, self.scale)
+        else:
+            words += self.experiment.overrides.get(self.scale, ())
+        chosen = [word for word in words if word.startswith(_BODY)]
+        # Of two presets the experiment's own is the last.
+        return [word for word in words if word not in chosen[:-1]]
+
+    def _training(self, point: Point, seed: int) -> Cell:
+        model = catalogue()["models"][point["model"]]
+        train = self._decoder if model["kind"] == "decoder" else self._encoder
+        return train(point, seed, model[self.scale])
+
+    def _decoder(self, point: Point, seed: int, model: Mapping[str, Any]) -> Cell:
+        bases = [base_cell()] if model["config"] == "tiny_llama" else []
+        words = [
+            *("tune", "run", f"hyper-tune/{point['method']}_full", "--config", model["config"]),
+            *("output_dir={cell}/run", f"seed={seed}", f"device={self.device}"),
+            *("dataset=hyper_tune.torchtune.data.file_dataset", "dataset.path={file0}"),
+            *(["model_dir={need0}/base"] if bases else []),
+            *self._overrides(point, "decoder"),
+            "resume_from_checkpoint=True",
+        ]
+        files = (self.source(point["data"]).train,)
+        return Cell(_label(point, seed), tuple(words), "run/summary.json", tuple(bases), files)
+
+    def _encoder(self, point: Point, seed: int, model: Mapping[str, Any]) -> Cell:
+        source = self.source(point["data"])
+        columns = catalogue()["data"][point["data"]]["text"]
+        folders = [_package(model["package"])] if "package" in model else []
+        words = [
+            *("python", "{file0}", "--config", "{file1}", "output_dir={cell}/run", f"seed={seed}"),
+            *(f"device={self.device}", f"method.name={point['method']}"),
+            *("~data.glue", "data.train={file2}", "data.validation={file3}"),
+            f"data.text=[{','.join(columns)}]",
+            "model={file4}" if folders else f"model={model['model']}",
+            *self._overrides(point, "encoder"),
+            "resume_from_checkpoint=True",
+        ]
+        recipe = RECIPES / "encoders"
+        files = (recipe / "train.py", recipe / "rte.yaml", source.train, source.test, *folders)
+        return Cell(_label(point, seed), tuple(words), "run/summary.json", (), files)
+
+    def _evaluation(self, point: Point, seed: int, run: Cell) -> Cell:
+        task = catalogue()["data"][point["data"]]["task"]
+        words = [
+            *("python", "-m", "hyper_tune", "evaluate", "{need0}/run"),
+            *("--task", task, "--data", "{file0}"),
+            *("--output", "{cell}/results", "--device", self.device, *self.settings["ask"]),
+            *(["--execute-generated-code"] if task == "humaneval" else []),
+        ]
+        files = (self.source(point["data"]).test,)
+        label = f"evaluate {_label(point, seed)}"
+        return Cell(label, tuple(words), "results/results.json", (run,), files)
+
+    def _similarity(self, point: Point, seed: int, runs: tuple[Cell, Cell]) -> Cell:
+        words = (
+            "python",
+            "{file0}",
+            "{need0}/run",
+            "{need1}/run",
+            "--output",
+            "{cell}/similarity.json",
+        )
+        files = (Path(__file__).with_name("similarity.py"),)
+        return Cell(f"compare {_label(point, seed)}", words, "similarity.json", runs, files)
+
+    def _shape(self, point: Point) -> str:
+        shape: str = catalogue()["models"][point["model"]][self.scale]["shape"]
+        return shape
+
+    def _step_cost(self, point: Point, seed: int) -> Cell:
+        words = [
+            *("python", "{file0}", "--shape", self._shape(point), "--method", point["method"]),
+            *("--batch-size", str(point["batch size"]), "--device", self.device),
+            *("--seed", str(seed), "--output", "{cell}/cost.json"),
+            *(["--steps", "5", "--length", "64"] if self.scale == "tiny" else []),
+        ]
+        files = (Path(__file__).with_name("step_cost.py"),)
+        return Cell(_label(point, seed), tuple(words), "cost.json", (), files)
+
+
+def base_cell() -> Cell:
+    """Return the cell that makes the quickstart's small Llama, for runs to start from."""
+    recipe = RECIPES / "quickstart"
+    words = ("python", "{file0}", "--output", "{cell}/base")
+    files = (recipe / "base.py", recipe / "world.py")
+    return Cell("train the small Llama", words, "base/settings.sha256", (), files)
+
+
+def _label(point: Point, seed: int) -> str:
+    return ", ".join([*map(str, point.values()), f"seed {seed}"])
+
+
+@cache
+def _package(name: str) -> Path:
+    """Return the folder of the model that a Python package holds."""
+    module = importlib.util.find_spec(name.replace("-", "_"))
+    if module is None or module.origin is None:
+        raise UserError(f"the small encoder is not installed; pip install {name}.")
+    return Path(module.origin).parent / "model"
+
+
+def program(word: str) -> str:
+    """Return the path of a command of this Python's environment."""
+    return sys.executable if word == "python" else str(Path(sys.executable).with_name(word))
