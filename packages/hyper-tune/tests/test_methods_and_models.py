@@ -54,6 +54,18 @@ def checkpoint(folder: Path, step: int) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths}
 
 
+def assert_resumes(config: Path, whole: Path, trained: Tensor) -> None:
+    """From the checkpoint in the middle, a run ends in the same checkpoint, bit for bit."""
+    resumed = whole.with_name("resumed")
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / f"step-{STEPS:08d}")
+    _, again = train(config, output_dir=str(resumed), resume_from_checkpoint=True)
+    assert torch.equal(again, trained)
+    assert checkpoint(resumed, STEPS) == checkpoint(whole, STEPS)
+    middle, end = (checkpoint(whole, step)["state.safetensors"] for step in (SAVED, STEPS))
+    assert middle != end
+
+
 def add_adapter_(model: torch.nn.Module, folder: Path) -> None:
     """Add an adapter's folder to the weights as PEFT's LoRA and DoRA are defined, by hand."""
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -95,22 +107,14 @@ def test_a_method_trains_resumes_and_exports(
         save_every_n_steps=SAVED,
         gradient_accumulation_steps=1,
     )
-    whole, resumed = tmp_path / "run", tmp_path / "resumed"
+    whole = tmp_path / "run"
     base, trained = train(config)
     plain = AutoModelForCausalLM.from_pretrained(keys["checkpointer"]["checkpoint_dir"])
     with torch.no_grad():
         torch.testing.assert_close(plain(TOKENS).logits, base, rtol=1e-5, atol=1e-5)
     assert (trained - base).abs().max() > 0.05
 
-    shutil.copytree(whole, resumed)
-    shutil.rmtree(resumed / "checkpoints" / f"step-{STEPS:08d}")
-    _, again = train(config, output_dir=str(resumed), resume_from_checkpoint=True)
-    assert torch.equal(again, trained)
-    assert checkpoint(resumed, STEPS) == checkpoint(whole, STEPS)
-    assert (
-        checkpoint(whole, SAVED)["state.safetensors"]
-        != checkpoint(whole, STEPS)["state.safetensors"]
-    )
+    assert_resumes(config, whole, trained)
 
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     assert main(["export", str(whole), str(adapter)]) == 0
@@ -164,3 +168,29 @@ def test_a_rank_is_chosen_for_an_export(
         "error: rank is 4, but must be a whole number of 1 to method.init_rank = 3; choose one.\n"
     )
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.filterwarnings("ignore:lr_scheduler.num_warmup_steps")
+@pytest.mark.parametrize(
+    "hypernetwork",
+    [
+        {"body": "attention", "sizes": {"hidden": 16, "heads": 2, "norm": "pre"}, "dtype": "bf16"},
+        {"body": "conv", "sizes": {"widths": [8, 12], "blocks": [1, 1]}, "state": "damped"},
+        {"body": "mlp", "sizes": {"hidden": 8, "widths": [16]}, "sharing": "each"},
+        {"preset": "mlp-small", "sharing": "groups", "outputs": "orthonormal", "state": "static"},
+    ],
+    ids=["attention", "conv", "mlp", "preset"],
+)
+def test_every_body_trains_and_resumes(
+    tmp_path: Path, make_config: ConfigMaker, hypernetwork: dict[str, Any]
+) -> None:
+    config = make_config(
+        method=method_section("hyperadalora") | {"hypernetwork": hypernetwork},
+        optimizer={"_component_": "torch.optim.Adam", "lr": 2e-3},
+        max_steps=STEPS,
+        save_every_n_steps=SAVED,
+        gradient_accumulation_steps=1,
+    )
+    base, trained = train(config)
+    assert (trained - base).abs().max() > 0.01
+    assert_resumes(config, tmp_path / "run", trained)
