@@ -1,6 +1,7 @@
 """The command line behind `tune run hyper-tune/…`: configurations by name, errors for people."""
 
 import os
+import signal
 import sys
 import time
 import warnings
@@ -73,6 +74,8 @@ def _run(config: DictConfig) -> int:
         _report(UserError("interrupted; resume with resume_from_checkpoint=True."))
         return EXIT_INTERRUPTED
     except StoppedError as error:
+        # A launcher whose first process has ended sends SIGTERM to the others, which end as well.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         say(str(error))
         return EXIT_STOPPED
     except PeerLostError as error:
