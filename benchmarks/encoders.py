@@ -64,6 +64,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--report-only", action="store_true", help="write what is there")
     given = parser.parse_args(words)
     cells = [
         (task, method, seed)
@@ -73,7 +74,7 @@ def main(words: Sequence[str]) -> int:
     ]
     for task, method, seed in cells:
         folder = given.runs / f"{task}-{method}-{seed}"
-        if not (folder / "summary.json").exists():
+        if not given.report_only and not (folder / "summary.json").exists():
             print(f"{task}, {method}, seed {seed}", flush=True)
             fine_tune_encoder(OmegaConf.create(settings(given, task, method, seed, folder)))
     text = report(given.runs, given.tasks, given.steps, given.seeds)
@@ -118,27 +119,39 @@ def report(runs: Path, tasks: Sequence[str], steps: int, seeds: int) -> str:
         f"{platform.machine()}, {os.cpu_count()} CPU cores of which {torch.get_num_threads()} "
         "were used, beside other work, so that seconds are rough.",
         "",
-        f"Each figure is a mean over {seeds} seeds. Loss: the trailing mean of {WINDOW} steps at "
-        "the end. Accuracy: on the dev set, or on the rows held out of MR. To AdaLoRA's loss: "
-        "steps, and seconds of these steps, until the trailing mean is at most AdaLoRA's at its "
-        "end with the same seed; - where a seed never came there. Learning rates: "
+        "Each figure is a mean over the seeds of its row. Loss: the trailing mean of "
+        f"{WINDOW} steps at the end. Accuracy: on the dev set, or on the rows held out of MR. To "
+        "AdaLoRA's loss: steps, and seconds of these steps, until the trailing mean is at most "
+        "AdaLoRA's at its end with the same seed; - where a seed never came there. So few steps of "
+        f"{COMMON['batch_size']} rows leave chance on no task but barely MR: this shows that the "
+        "runs work, and what a step costs, and not which method learns sooner. Learning rates: "
         + ", ".join(f"{name} {options['lr']:g}" for name, options in METHODS.items())
         + "; taken from earlier trials on MR, and not tuned for each task.",
         "",
-        "| task | method | loss | accuracy before | accuracy | steps to AdaLoRA's loss "
+        "| task | method | seeds | loss | accuracy before | accuracy | steps to AdaLoRA's loss "
         "| seconds to it | seconds a step | ranks |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task in tasks:
-        lines += [row(runs, task, method, seeds) for method in METHODS]
+        done = finished(runs, task, seeds)
+        lines += [row(runs, task, method, done) for method in METHODS if done]
     made = ", ".join(f"{name} {number}" for name, number in versions().items())
     return "\n".join([*lines, "", f"Python {platform.python_version()}, {made}.", ""])
 
 
-def row(runs: Path, task: str, method: str, seeds: int) -> str:
+def finished(runs: Path, task: str, seeds: int) -> list[int]:
+    """Return the seeds with which every method has been run to its end."""
+    return [
+        seed
+        for seed in range(seeds)
+        if all((runs / f"{task}-{method}-{seed}" / "summary.json").exists() for method in METHODS)
+    ]
+
+
+def row(runs: Path, task: str, method: str, seeds: Sequence[int]) -> str:
     """Return a row of the table."""
     losses, before, after, speed, ranks, arrived = [], [], [], [], [], []
-    for seed in range(seeds):
+    for seed in seeds:
         steps = read_rows(runs / f"{task}-{method}-{seed}")
         target = smoothed(read_rows(runs / f"{task}-adalora-{seed}"))[-1]
         summary = json.loads((runs / f"{task}-{method}-{seed}" / "summary.json").read_text())
@@ -149,13 +162,12 @@ def row(runs: Path, task: str, method: str, seeds: int) -> str:
         ranks.append(summary["live_ranks"])
         arrived.append(reached(steps, target))
     there = [found for found in arrived if found is not None]
-    whole = len(there) == seeds
+    whole = len(there) == len(seeds)
     to_loss = f"{mean(s for s, _ in there):.0f}" if whole else "-"
     seconds = f"{mean(s for _, s in there):.0f}" if whole else "-"
-    return (
-        f"| {task} | {method} | {mean(losses):.3f} | {mean(before):.3f} | {mean(after):.3f} "
-        f"| {to_loss} | {seconds} | {mean(speed):.2f} | {mean(ranks):.0f} |"
-    )
+    figures = [f"{mean(values):.3f}" for values in (losses, before, after)]
+    figures += [to_loss, seconds, f"{mean(speed):.2f}", f"{mean(ranks):.0f}"]
+    return f"| {task} | {method} | {len(seeds)} | {' | '.join(figures)} |"
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
