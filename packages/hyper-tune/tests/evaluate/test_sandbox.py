@@ -165,6 +165,17 @@ def test_the_candidate_knows_nothing_of_its_tests(sandbox: Sandbox) -> None:
     assert sandbox.judge("bird = 'magpie'\n" + program, tests, "f").reason == "AssertionError"
 
 
+@pytest.mark.parametrize("said", ["no", "[1]", "{", "[" * 50_000, "x" * 1_000_000])
+def test_tests_that_speak_for_the_judge_are_not_understood(sandbox: Sandbox, said: str) -> None:
+    tests = (
+        "import os\ndef check(f):\n    for number in range(3, 32):\n"
+        f"        try: os.write(number, {said!r}.encode() + b'\\n')\n"
+        "        except OSError: pass\n    os._exit(0)\n"
+    )
+    verdict = sandbox.judge("def f(n): return n", tests, "f")
+    assert verdict == module.Verdict(False, "its tests ended without a verdict")
+
+
 def test_values_come_back_as_they_were_made(sandbox: Sandbox) -> None:
     values = (
         "[None, True, 3, 2.5, 'ä\\udc80', b'\\x00', (1, [2]), {3}, frozenset({4}), 1j, {(1,): {}}]"
