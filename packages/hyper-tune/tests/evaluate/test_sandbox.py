@@ -53,6 +53,12 @@ def test_a_right_answer_passes_and_a_wrong_one_does_not(sandbox: Sandbox) -> Non
     assert wrong == module.Verdict(False, "AssertionError")
 
 
+def test_an_exception_is_no_answer(sandbox: Sandbox) -> None:
+    tests = "def check(f):\n    assert f() == \"KeyError: 'a'\"\n"
+    verdict = sandbox.judge("def f(): raise KeyError('a')", tests, "f")
+    assert verdict == module.Verdict(False, "KeyError: 'a'")
+
+
 def unguarded(program: str) -> bool:
     """Whether a program passes where candidate and tests share a process, as is usual."""
     code = (
