@@ -1,6 +1,7 @@
 """An evaluation that is stopped goes on, and its figures are those of its answers."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,30 @@ def test_humaneval_means_pass_at_k_over_problems(tmp_path: Path, chat: bool) -> 
     ]
     scores = {(row["row"], row["sample"]): row["reason"] for row in lines(folder / "scores.jsonl")}
     assert scores == {(r, s): "wrong" if r == 1 else "" for r in range(3) for s in range(2)}
+
+
+def test_a_mistake_in_scoring_ends_it_and_keeps_what_was_scored(
+    parrot: Parrot, data: Path, tmp_path: Path
+) -> None:
+    class Stumbling(Gsm8kTask):
+        tried = 0
+
+        def score(self, row: int, answer: str, *, chat: bool) -> dict[str, Any]:
+            type(self).tried += 1
+            time.sleep(0.05)
+            if row == 1:
+                raise UserError("stumbled")
+            return super().score(row, answer, chat=chat)
+
+    data.write_text(data.read_text() * 20)
+    folder = tmp_path / "out"
+    with pytest.raises(UserError, match="stumbled"):
+        evaluate(parrot, Stumbling(data), folder, decoding=GREEDY, batch_size=40)
+    assert Stumbling.tried < 40
+    assert [row["row"] for row in lines(folder / "scores.jsonl")] == [0]
+    evaluate(parrot, Gsm8kTask(data), folder, decoding=GREEDY)
+    assert len(lines(folder / "scores.jsonl")) == 80
+    assert parrot.loaded == 1
 
 
 def test_questions_of_a_model_without_a_chat_format(data: Path) -> None:

@@ -53,6 +53,12 @@ def test_a_right_answer_passes_and_a_wrong_one_does_not(sandbox: Sandbox) -> Non
     assert wrong == module.Verdict(False, "AssertionError")
 
 
+def test_an_exception_is_no_answer(sandbox: Sandbox) -> None:
+    tests = "def check(f):\n    assert f() == \"KeyError: 'a'\"\n"
+    verdict = sandbox.judge("def f(): raise KeyError('a')", tests, "f")
+    assert verdict == module.Verdict(False, "KeyError: 'a'")
+
+
 def unguarded(program: str) -> bool:
     """Whether a program passes where candidate and tests share a process, as is usual."""
     code = (
@@ -163,6 +169,17 @@ def test_the_candidate_knows_nothing_of_its_tests(sandbox: Sandbox) -> None:
     tests = "def check(f):\n    bird = 'magpie'\n    assert f() is False\n"
     assert sandbox.judge(program, tests, "f").passed
     assert sandbox.judge("bird = 'magpie'\n" + program, tests, "f").reason == "AssertionError"
+
+
+@pytest.mark.parametrize("said", ["no", "[1]", "{", "[" * 50_000, "x" * 1_000_000])
+def test_tests_that_speak_for_the_judge_are_not_understood(sandbox: Sandbox, said: str) -> None:
+    tests = (
+        "import os\ndef check(f):\n    for number in range(3, 32):\n"
+        f"        try: os.write(number, {said!r}.encode() + b'\\n')\n"
+        "        except OSError: pass\n    os._exit(0)\n"
+    )
+    verdict = sandbox.judge("def f(n): return n", tests, "f")
+    assert verdict == module.Verdict(False, "its tests ended without a verdict")
 
 
 def test_values_come_back_as_they_were_made(sandbox: Sandbox) -> None:

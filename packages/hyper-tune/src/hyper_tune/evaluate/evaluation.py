@@ -159,8 +159,13 @@ def _score(
         return key, task.score(key[0], given[key]["answer"], chat=model.chat)
 
     with ThreadPoolExecutor(jobs) as threads:
-        for key, found in _progress(threads.map(score, keys), "scores", len(keys)):
-            scores.append(key, found)
+        try:
+            for key, found in _progress(threads.map(score, keys), "scores", len(keys)):
+                scores.append(key, found)
+        except BaseException:
+            # Who stops a command does not want to wait for all that was planned.
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def _progress(what: Iterable[Any], name: str, count: int) -> Iterable[Any]:

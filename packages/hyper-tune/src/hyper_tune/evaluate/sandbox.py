@@ -23,6 +23,7 @@ from hyper_tune.errors import UserError
 from hyper_tune.evaluate.jail.roles import ENDED
 
 _START_SECONDS = 120
+_MOST_BYTES = 1 << 16
 _BY_SIGNAL = 192  # what `jail.isolation` adds the negative number of a signal to, modulo 256
 _PACKAGE = Path(__file__).parent
 _OPTIONS = ("-P", "-s", "-S", "-B", "-c")
@@ -184,7 +185,7 @@ class _Process:
             )
 
     def answer(self, seconds: float) -> dict[str, Any] | None:
-        """Return the next line; None if there is none in time, nothing if the process ended."""
+        """Return the next line; None if there is none in time, {} if none can be had."""
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         poll = select.poll()
@@ -195,11 +196,15 @@ class _Process:
             if left <= 0 or not poll.poll(1000 * left):
                 return None
             data = os.read(descriptor, 1 << 16)
-            if not data:
-                return {}
             self._buffer += data
+            if not data or len(self._buffer) > _MOST_BYTES:
+                return {}
         line, self._buffer = self._buffer.split(b"\n", 1)
-        return dict(json.loads(line))
+        try:
+            return dict(json.loads(line))
+        except (ValueError, TypeError, RecursionError):
+            # Tests, too, are a stranger's.
+            return {}
 
     def ending(self) -> str:
         """Return in words by which signal the process ended, if it did."""

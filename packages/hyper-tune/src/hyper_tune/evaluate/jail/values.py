@@ -42,11 +42,8 @@ def decode(text: str | bytes) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, (int, float, str)):
         return value
-    for scalar in (int, float, str):
-        if isinstance(value, scalar):
-            return scalar(value)
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
