@@ -1,6 +1,7 @@
 """A resumed allocator goes on as the uninterrupted one; a state of another is refused."""
 
 import copy
+import functools
 import io
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rank_budget import (
+    BudgetError,
     CubicBudget,
     FixedGrowth,
     FixedPruning,
@@ -301,6 +303,21 @@ def test_a_state_of_an_allocator_made_otherwise_is_refused(kit, case):
     )
 
 
+def test_a_score_with_arguments_is_the_same_in_another_process():
+    """Where a function lies in memory is not what it is."""
+
+    def power(exponent):
+        return functools.partial(
+            lambda values, grads, by: (values * grads).abs() ** by, by=exponent
+        )
+
+    schedule = FixedPruning(7, 2, 1, 1)
+    state = RankAllocator(layers_of(), schedule, score=power(2)).state_dict()
+    RankAllocator(layers_of(), schedule, score=power(2)).load_state_dict(state)
+    with pytest.raises(BudgetError, match=r"made with the score .* by=2\), but here it is .* by=3"):
+        RankAllocator(layers_of(), schedule, score=power(3)).load_state_dict(state)
+
+
 def cut(*path):
     """Take out what is at a path in a state."""
 
@@ -327,9 +344,21 @@ FAULTS = {
     "incomplete": (cut("alive"), "the saved state lacks alive, expected what state_dict"),
     "foreign": (put(1, "model"), "the saved state has model, expected what state_dict"),
     "steps": (put("3", "steps"), "the saved steps is a str, expected a whole number, 0 or more"),
-    "importance": (put([0.0], "importance"), "importance is a list, expected a tensor (7,)"),
+    "importance": (put([0.0], "importance"), "importance is a list of 1, expected a tensor (7,)"),
     "history": (cut("history", "stats"), "the saved history is a dict, expected a mapping of"),
-    "budgets": (put([], "history", "budgets"), "the saved budgets is a list, expected 2 of them"),
+    "budgets": (
+        put([], "history", "budgets"),
+        "the saved budgets is a list of 0, expected a list of 2",
+    ),
+    "when": (put(None, "history", "steps"), "the saved steps is a NoneType, expected a list"),
+    "which": (put(None, "history", "grown"), "grown is a NoneType, expected torch.int32 (0, 2)"),
+    "number": (put("7", "history", "steps", 0), "history is a str, expected a whole number"),
+    "truth": (put(True, "skipped"), "the saved skipped is a bool, expected a whole number"),
+    "made": (put(None, "made_with"), "the saved made_with is a NoneType, expected a mapping"),
+    "matrices": (put(3, "matrices"), "(name, rank) is a int, expected a list"),
+    "matrix": (put(3, "matrices", 0), "the saved state has (name, rank) 3, but here is ['a', 3]"),
+    "scores": (put(None, "score"), "the saved score is a NoneType, expected a mapping"),
+    "contents": (put(3, "score", "of", 1), "has (role, names, shape, start) 3, but here is"),
     "stats": (put(torch.zeros(1, 4), "history", "stats"), "stats is torch.float32 (1, 4), expec"),
     "pruned": (
         put(torch.tensor([[0, 7]], dtype=torch.int32), "history", "pruned"),
@@ -341,8 +370,9 @@ FAULTS = {
     ),
     "devices": (
         put([], "score", "sensitivity"),
-        "the saved sensitivity is a list, expected 1 tensors, one for each device",
+        "the saved sensitivity is a list of 0, expected a list of 1",
     ),
+    "average": (put(3, "score", "sensitivity"), "sensitivity is a int, expected a list of 1"),
     "score": (cut("score", "of"), "the saved score keeps sensitivity, uncertainty, but this one"),
 }
 
@@ -368,7 +398,7 @@ def test_nothing_of_a_damaged_state_is_applied(kit, fault):
 def test_what_is_no_state_is_refused(kit):
     allocator = make("prune", layers_of())
     assert kit.error_text(allocator.load_state_dict, []) == (
-        "the saved state is a list, expected what state_dict returned; the state is damaged."
+        "the saved state is a list of 0, expected what state_dict returned; the state is damaged."
     )
 
 

@@ -89,6 +89,18 @@ def test_a_step_that_is_not_finite_leaves_the_averages_without_a_read(kit, score
     assert all(not torch.equal(new, old) and new.isfinite().all() for new, old in changed)
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_what_was_finite_a_step_ago_is_looked_at_anew(kit, number):
+    """`step` alone reads a flag; `score` and `step` after it must not trust that one."""
+    layers, allocator = build(kit, score=SmoothedSensitivity(), schedule=FixedPruning(9, 3, 1, 100))
+    allocator.step()
+    saved = copy.deepcopy(averages_of(allocator))
+    layers["b"].q.grad[0, 0] = number
+    allocator.score()
+    allocator.step()
+    torch.testing.assert_close(averages_of(allocator), saved, rtol=0, atol=0)
+
+
 def averages_of(allocator):
     state = allocator.state_dict()["score"]
     return [tensor for name, part in state.items() if name != "of" for tensor in part]

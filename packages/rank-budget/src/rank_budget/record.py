@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rank_budget.saved import check_tensor, damaged
+from rank_budget.saved import check_list, check_tensor, check_whole, damaged
 
 STATS = 4
 
@@ -139,14 +139,17 @@ def history_from(
     keys = ("steps", "budgets", "stats", "pruned", "grown")
     if not isinstance(state, Mapping) or state.keys() != set(keys):
         raise damaged("history", state, f"a mapping of {', '.join(keys)}")
+    check_list("steps", state["steps"])
     count, components = len(state["steps"]), sum(ranks.values())
-    if len(state["budgets"]) != count:
-        raise damaged("budgets", state["budgets"], f"{count} of them")
+    check_list("budgets", state["budgets"], count)
+    for number in (*state["steps"], *state["budgets"]):
+        check_whole("history", number)
     check_tensor("stats", state["stats"], (count, STATS))
     masks = []
     for key in ("pruned", "grown"):
         pairs = state[key]
-        check_tensor(key, pairs, (len(pairs), 2), torch.int32)
+        length = len(pairs) if isinstance(pairs, Tensor) and pairs.dim() else 0
+        check_tensor(key, pairs, (length, 2), torch.int32)
         inside = (pairs >= 0) & (pairs.cpu() < torch.tensor([count, components])).to(pairs.device)
         if not inside.all():
             raise damaged(key, pairs, f"places in {count} allocations of {components} components")

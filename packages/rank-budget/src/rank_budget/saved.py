@@ -1,5 +1,6 @@
 """What a saved state must be, said before anything is changed."""
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from rank_budget.errors import BudgetError
+
+_ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
 
 
 def described(thing: Any) -> str:
@@ -20,8 +23,7 @@ def described(thing: Any) -> str:
     """
     if isinstance(thing, str):
         return thing
-    text = str(getattr(thing, "__qualname__", repr(thing)))
-    return type(thing).__qualname__ if " object at 0x" in text else text
+    return _ADDRESS.sub("", str(getattr(thing, "__qualname__", repr(thing))))
 
 
 def made_with(score: Any, cost: Any, limits: Any, direction: str) -> dict[str, str]:
@@ -34,6 +36,8 @@ def damaged(field: str, value: Any, expected: str) -> BudgetError:
     """Return the error of a part of a state that cannot have been saved like that."""
     if isinstance(value, Tensor):
         text = f"{value.dtype} {tuple(value.shape)}"
+    elif isinstance(value, list):
+        text = f"a list of {len(value)}"
     else:
         text = f"a {type(value).__name__}"
     return BudgetError(f"the saved {field} is {text}, expected {expected}; the state is damaged.")
@@ -46,6 +50,18 @@ def check_tensor(
     fits = isinstance(value, Tensor) and tuple(value.shape) == tuple(shape)
     if not fits or dtype not in (None, value.dtype):
         raise damaged(field, value, f"{dtype or 'a tensor'} {tuple(shape)}")
+
+
+def check_list(field: str, value: Any, count: int | None = None) -> None:
+    """Refuse what is not a list, of so many where that is known."""
+    if not isinstance(value, list) or count not in (None, len(value)):
+        raise damaged(field, value, "a list" if count is None else f"a list of {count}")
+
+
+def check_whole(field: str, value: Any) -> None:
+    """Refuse what is not a whole number, 0 or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise damaged(field, value, "a whole number, 0 or more")
 
 
 def check_state(saved: Mapping[str, Any], here: Mapping[str, Any], *, ranks: bool) -> None:
@@ -62,6 +78,8 @@ def check_state(saved: Mapping[str, Any], here: Mapping[str, Any], *, ranks: boo
                 "state_dict of an allocator returned; load the state of this one."
             )
     check_same(saved["matrices"], here["matrices"], "(name, rank)")
+    if not isinstance(saved["made_with"], Mapping):
+        raise damaged("made_with", saved["made_with"], "a mapping")
     for field, value in here["made_with"].items():
         if saved["made_with"].get(field) != value:
             raise BudgetError(
@@ -69,9 +87,7 @@ def check_state(saved: Mapping[str, Any], here: Mapping[str, Any], *, ranks: boo
                 f"here it is {value}; make the allocator as it was made then."
             )
     for field in ("steps", "skipped", "budget"):
-        number = saved[field]
-        if not isinstance(number, int) or number < 0:
-            raise damaged(field, number, "a whole number, 0 or more")
+        check_whole(field, saved[field])
     for field in ("alive", "importance"):
         dtype = None if field == "importance" else here[field].dtype
         check_tensor(field, saved[field], here[field].shape, dtype)
@@ -83,10 +99,11 @@ def check_state(saved: Mapping[str, Any], here: Mapping[str, Any], *, ranks: boo
         )
 
 
-def check_same(saved: Sequence[Sequence[Any]], here: Sequence[Sequence[Any]], what: str) -> None:
+def check_same(saved: Any, here: Sequence[list[Any]], what: str) -> None:
     """Refuse a state of other matrices, by the first that differs."""
+    check_list(f"list of {what}", saved)
     for before, now in zip_longest(saved, here):
-        if before is None or now is None or list(before) != list(now):
+        if before != now:
             raise BudgetError(
                 f"the saved state has {what} {before}, but here is {now}; load it into the model "
                 "that it was saved from."

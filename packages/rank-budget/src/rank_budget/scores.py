@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rank_budget.errors import BudgetError, refuse_class
+from rank_budget.saved import damaged
 from rank_budget.stacks import Block, Gather
 
 __all__ = ["SCORES", "magnitude", "sensitivity"]
@@ -151,6 +152,8 @@ def wide(values: Tensor) -> Tensor:
 
 def check_keys(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Refuse the averages of another score."""
+    if not isinstance(state, Mapping):
+        raise damaged("score", state, "a mapping")
     if state.keys() != expected.keys():
         saved, here = (", ".join(keys) or "nothing" for keys in (state, expected))
         raise BudgetError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rank_budget.arena import Arena, Run, arenas_of
 from rank_budget.errors import require
-from rank_budget.saved import check_same, check_tensor, damaged
+from rank_budget.saved import check_list, check_same, check_tensor
 from rank_budget.scores import check_keys
 from rank_budget.stacks import Block, Gather
 
@@ -151,12 +151,11 @@ class Averages:
             BudgetError: it is of other factors or another process's part, or of another score.
         """
         check_keys(state, self.state_dict())
-        check_same(list(state["of"]), self._contents(), "(role, names, shape, start)")
+        check_same(state["of"], self._contents(), "(role, names, shape, start)")
         pairs = []
         for field in ("sensitivity", "uncertainty"):
             flats = self.state_dict()[field]
-            if len(state[field]) != len(flats):
-                raise damaged(field, state[field], f"{len(flats)} tensors, one for each device")
+            check_list(field, state[field], len(flats))
             for flat, value in zip(flats, state[field], strict=True):
                 check_tensor(field, value, flat.shape, flat.dtype)
                 pairs.append((flat, value))
