@@ -87,7 +87,7 @@ def test_the_others_end_when_one_does_not_answer(
     what = "killed" if kind == "SIGKILL" else f"stopped, with a timeout of {TIMEOUT} s"
     figure(
         7,
-        f"a process is {what} in {', '.join(STAGES)}: the other names it within {limit} s, and ends",
+        f"a process is {what} in {', '.join(STAGES)}: the other names it within {limit} s and ends",
         f"{len(took)} of {len(took)}, named after {min(heard):.2f} to {max(heard):.2f} s, ended "
         f"after at most {max(ended):.2f} s",
     )
