@@ -124,6 +124,20 @@ def test_a_missing_tokenizer_is_named(fails: Failing, tmp_path: Path) -> None:
         ("~optimizer", "configuration: the key 'optimizer' is missing; add it to the file."),
         ("dataset_val.path=x.jsonl", "configuration: dataset_val names no component; write "),
         ("optimizer.lrr=1", "unexpected keyword argument 'lrr'; did you mean 'lr'?"),
+        ("lr_scheduler.num_warmup_step=1", "'num_warmup_step'; did you mean 'num_warmup_steps'?"),
+        (
+            "tokenizer.max_seq=9",
+            "unexpected keyword argument 'max_seq'; did you mean 'max_seq_len'",
+        ),
+        ("model.num_head=4", "unexpected keyword argument 'num_head'; did you mean 'num_heads'?"),
+        ("checkpointer.checkpoint_dr=x", "checkpointer has no key 'checkpoint_dr'; did you mean "),
+        ("dataset.pth=x", "dataset has no key 'pth'; did you mean 'path'?"),
+        ("validation_fraction=0.9", "validation_fraction is 0.9, but must be a number above 0 and"),
+        ("quantize_base=1", "quantize_base is 1, but must be True or False"),
+        ("log_every_n_steps=0", "log_every_n_steps is 0, but must be a whole number at least 1; "),
+        ("diagnose_every_n_steps=x", "diagnose_every_n_steps is 'x', but must be a whole number"),
+        ("metric_logger=Tensorboard", "metric_logger: Tensorboard cannot be built: "),
+        ("data=gsm9k", "data=gsm9k is neither a file nor a data set"),
         ("optimizer.lr=-1", "optimizer: torch.optim.Adam cannot be built: Invalid learning rate"),
         ("dataset.path=[", "'dataset.path=[': the value is not YAML; put quotes around it."),
         ("exact_match={path: x, max_new_tokens: 0}", "exact_match.max_new_tokens is 0, but must"),
@@ -136,6 +150,13 @@ def test_a_missing_tokenizer_is_named(fails: Failing, tmp_path: Path) -> None:
 )
 def test_a_wrong_value_is_named_with_its_rule(fails: Failing, override: str, message: str) -> None:
     assert message in fails(override)
+
+
+def test_two_kinds_of_held_out_data_are_refused(fails: Failing, records: Path) -> None:
+    component = {"_component_": "hyper_tune.torchtune.data.file_dataset", "path": str(records)}
+    assert fails("validation_fraction=0.1", dataset_val=component) == (
+        "validation_fraction and dataset_val are both set; leave one of them null."
+    )
 
 
 def test_options_that_contradict_the_method_are_refused(fails: Failing) -> None:

@@ -177,11 +177,16 @@ def unequal(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen"])
 @pytest.mark.parametrize("train_on_input", [False, True])
 def test_the_loss_of_packs_is_that_of_each_sample_alone(
-    make_config: Callable[..., Path], unequal: Path, train_on_input: bool
+    make_config: Callable[..., Path],
+    request: pytest.FixtureRequest,
+    unequal: Path,
+    family: str,
+    train_on_input: bool,
 ) -> None:
-    config = OmegaConf.load(make_config())
+    config = OmegaConf.load(make_config(**request.getfixturevalue(family)))
     config.dataset.update({"path": str(unequal), "packed": True, "train_on_input": train_on_input})
     config.tokenizer.max_seq_len = 150
     config.shuffle = False

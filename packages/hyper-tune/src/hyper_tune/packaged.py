@@ -52,7 +52,7 @@ def find_config(name: str) -> Path:
     Raises:
         UserError: neither; the packaged names and the nearest one are listed.
     """
-    return _find("--config", name, packaged_configs())
+    return _find("--config ", name, packaged_configs())
 
 
 def _find(option: str, name: str, packaged: Mapping[str, Path]) -> Path:
@@ -62,9 +62,9 @@ def _find(option: str, name: str, packaged: Mapping[str, Path]) -> Path:
         return Path(name)
     near = difflib.get_close_matches(name, packaged, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
+    kind = "data set" if option == "data=" else "configuration"
     raise UserError(
-        f"{option} {name} is neither a file nor "
-        f"{'a configuration' if option == '--config' else 'a data set'} of this package, which has "
+        f"{option}{name} is neither a file nor a {kind} of this package, which has "
         f"{', '.join(packaged)}.{hint}"
     )
 
@@ -112,7 +112,7 @@ def choose_data_(config: DictConfig, words: Sequence[str]) -> list[str]:
 
 
 def _set_data(config: DictConfig, name: str) -> None:
-    path = _find("data", name, packaged_data())
+    path = _find("data=", name, packaged_data())
     data = read_config(path)
     known_fields(f"data={name}", {str(key): None for key in data}, set(DATA_KEYS))
     if "dataset" not in data:

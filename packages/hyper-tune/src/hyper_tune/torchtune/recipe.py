@@ -28,6 +28,7 @@ from hyper_tune.torchtune.base_model import (
     prepare_,
 )
 from hyper_tune.torchtune.batches import Batch, collate
+from hyper_tune.torchtune.compilation import check_compilation
 from hyper_tune.torchtune.components import build, build_tokenizer
 from hyper_tune.torchtune.evaluate import Questions, held_out_loss, peak_memory_mib
 from hyper_tune.torchtune.identity import run_identity
@@ -76,6 +77,7 @@ class FineTuning:
     def _build(self) -> None:
         settings = self.settings
         check_files(settings)
+        check_compilation(settings)
         device = parallel.usable_device(settings.device)
         self.device = parallel.start(device, settings.collective_timeout_seconds)
         base_layout(settings)  # refuses a job of another size

@@ -167,7 +167,7 @@ class StreamOrder:
         self._number = number
         start, rows = number * size, len(self._buffer)
         if rows:
-            self._seen = max(self._seen, start + rows)
+            self._seen = start + rows
         if rows < size and start <= self._seen:
             self._count = self._seen
 
