@@ -132,6 +132,59 @@ def test_a_state_dict_of_other_choices_is_refused_before_anything_is_loaded(
         assert torch.equal(value, before[key]), key
 
 
+def put(name, value):
+    return lambda saved: saved.update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            put("state_p_0", torch.zeros(2, 3, 4)),
+            "state_p_0 of the state dict is of the shape (2, 3, 4), expected of the shape "
+            "(2, 3, 3)",
+        ),
+        (
+            lambda saved: saved.pop("averages.square_p_0"),
+            "averages.square_p_0 of the state dict is missing, expected of the shape (2, 3, 1)",
+        ),
+        (
+            put("state_q_0", torch.zeros(2)),
+            "state_q_0 of the state dict is of the shape (2,), expected none",
+        ),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "inner."])
+def test_nothing_of_a_state_dict_that_does_not_fit_is_loaded(prefix, change, text):
+    """Torch would copy the weights, and then refuse: a mixture of two runs."""
+    here = plain(gradient_normalisation="token_rms")
+    whole = nn.ModuleDict({"inner": here}) if prefix else here
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    saved = plain(gradient_normalisation="token_rms").state_dict()
+    change(saved)
+    with pytest.raises(HyperError) as caught:
+        whole.load_state_dict({f"{prefix}{name}": value for name, value in saved.items()})
+    assert str(caught.value) == (
+        f"{text}; load what state_dict() of such a GeneratedParameters returned."
+    )
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_part_of_a_state_dict_loads_where_that_is_asked_for():
+    here, saved = plain(), plain().state_dict()
+    kept, extra = here.state_p_0.clone(), {"other": torch.zeros(1)}
+    weights = {name: value for name, value in saved.items() if name.startswith("hypernetworks.")}
+    found = here.load_state_dict(weights | extra, strict=False)
+    assert (set(found.missing_keys), found.unexpected_keys) == ({"state_p_0", "choices"}, ["other"])
+    assert torch.equal(here.state_p_0, kept)
+    assert all(torch.equal(here.state_dict()[name], value) for name, value in weights.items())
+    with pytest.raises(
+        HyperError, match=r"of the shape \(2, 4, 3\), expected of the shape \(2, 3, 3"
+    ):
+        here.load_state_dict(weights | {"state_p_0": torch.zeros(2, 4, 3)}, strict=False)
+
+
 def test_another_relaxation_is_refused_and_another_limit_is_not():
     damped = plain(state="damped", relaxation=0.5).state_dict()
     with pytest.raises(HyperError, match=r"made with relaxation 0\.5, expected 0\.25; make"):

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyper_core import AttentionConfig, ConvConfig, GeneratedParameters, MLPConfig
@@ -15,16 +16,40 @@ BODIES = {
     "conv": ConvConfig(widths=(4, 6), blocks=(1, 1)),
     "mlp": MLPConfig(hidden=4, widths=(6,)),
 }
-HOST_READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_to_host"}
+HOST_READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "tolist", "numpy", "cpu"}
 
 
 class Counted(TorchDispatchMode):
+    """Counts tensor operations by name, and the reads of Python that are none."""
+
     def __init__(self):
         super().__init__()
         self.operations = Counter()
+        self._reads = _Reads(self.operations)
+
+    def __enter__(self):
+        self._reads.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._reads.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.operations[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class _Reads(TorchFunctionMode):
+    """`tolist` and `numpy` dispatch nothing, nor does `cpu` where there is no other device."""
+
+    def __init__(self, operations):
+        super().__init__()
+        self._operations = operations
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("tolist", "numpy", "cpu"):
+            self._operations[function.__name__] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -93,7 +118,8 @@ def test_no_step_reads_a_tensor_on_the_host():
             assert not HOST_READS & counter.keys()
 
 
-def test_the_counter_sees_a_host_read():
+@pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy])
+def test_the_counter_sees_a_host_read(read):
     with Counted() as mode:
-        torch.ones(()).item()
+        read(torch.ones(()))
     assert HOST_READS & mode.operations.keys()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rank_budget import BudgetError, RankedMatrices, Triplet
@@ -96,14 +97,36 @@ def triplet(rank, out, into, *, mask=True, dtype=torch.float64, column=False):
 
 
 class Counted(TorchDispatchMode):
-    """Counts tensor operations by name."""
+    """Counts tensor operations by name, and the reads of Python that are none."""
 
     def __init__(self):
         super().__init__()
         self.operations = Counter()
+        self._reads = _Reads(self.operations)
+
+    def __enter__(self):
+        self._reads.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._reads.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.operations[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class _Reads(TorchFunctionMode):
+    """`tolist` and `numpy` dispatch nothing, nor does `cpu` where there is no other device."""
+
+    def __init__(self, operations):
+        super().__init__()
+        self._operations = operations
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("tolist", "numpy", "cpu"):
+            self._operations[function.__name__] += 1
         return function(*args, **(kwargs or {}))
 
 

@@ -12,7 +12,7 @@ from rank_budget import (
     SmoothedSensitivity,
 )
 
-HOST_READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_to_host"}
+HOST_READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "tolist", "numpy", "cpu"}
 
 
 def operations(kit, count, score="sensitivity"):
@@ -53,9 +53,20 @@ def test_score_and_step_read_no_tensor_on_the_host(kit):
     assert not HOST_READS & (score.keys() | step.keys())
 
 
-def test_the_counter_sees_a_host_read(kit):
+def test_how_many_live_is_known_without_a_read_where_ranks_are_counted(kit):
+    matrices = [kit.group(["a", "b"], 3)]
+    allocator = RankAllocator(matrices, FixedPruning(initial=6, budget=4, count=2, interval=1))
+    allocator.score()
+    allocator.step()
     with kit.Counted() as mode:
-        torch.ones(()).item()
+        assert allocator.live_ranks == 4
+    assert not mode.operations
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy])
+def test_the_counter_sees_a_host_read(kit, read):
+    with kit.Counted() as mode:
+        read(torch.ones(()))
     assert HOST_READS & mode.operations.keys()
 
 

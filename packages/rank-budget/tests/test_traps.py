@@ -78,7 +78,7 @@ def test_a_step_that_is_not_finite_leaves_the_averages_without_a_read(kit, score
     allocator.score()
     with kit.Counted() as mode:
         allocator.step()
-    assert "_local_scalar_dense" not in mode.operations
+    assert not {"_local_scalar_dense", "tolist"} & mode.operations.keys()
     torch.testing.assert_close(averages_of(allocator), saved, rtol=0, atol=0)
     damaged[0, 0] = before
     for layer in layers.values():

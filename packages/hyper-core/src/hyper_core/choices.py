@@ -67,24 +67,40 @@ def decode(saved: Tensor) -> Choices:
     return choices
 
 
-def check_saved(here: Choices, saved: Tensor | None) -> None:
-    """Compare the choices of a state dict with those of the object that is to load it.
+def check_saved(
+    choices: Choices, here: Mapping[str, Tensor], saved: Mapping[str, Any], prefix: str
+) -> None:
+    """Compare a state dict with the choices and the state dict of what is to load it.
 
-    None is left to `torch.nn.Module.load_state_dict`, which knows whether it may be missing; on the
-    meta device there is nothing to compare.
+    Torch would copy what fits before it refuses the rest, and leave a mixture of two runs.
+    ``saved`` may be that of a larger module, where ``prefix`` stands before the names. One without
+    choices is no whole state dict: what it lacks is left to `torch.nn.Module.load_state_dict`,
+    which knows whether it may. On the meta device choices have no values to compare.
 
     Raises:
-        HyperError: they differ; the first that does is named.
+        HyperError: choices, names or shapes differ; the first that does is named.
     """
-    if saved is None or saved.is_meta:
-        return
-    there = decode(saved)
-    for name in dict.fromkeys([*here, *there]):
-        if here.get(name) != there.get(name):
+    own = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+    whole = "choices" in own
+    if whole and not own["choices"].is_meta:
+        there = decode(own["choices"])
+        for name in dict.fromkeys([*choices, *there]):
+            if choices.get(name) != there.get(name):
+                raise HyperError(
+                    f"the state dict was made with {name} {there.get(name)!r}, expected "
+                    f"{choices.get(name)!r}; make the GeneratedParameters as that run did."
+                )
+    for name in dict.fromkeys([*here, *own]):
+        found, wanted = _shape(own, name), _shape(here, name)
+        if found != wanted and (whole or (found and wanted)):
             raise HyperError(
-                f"the state dict was made with {name} {there.get(name)!r}, expected "
-                f"{here.get(name)!r}; make the GeneratedParameters as that run did."
+                f"{name} of the state dict is {found or 'missing'}, expected {wanted or 'none'}; "
+                "load what state_dict() of such a GeneratedParameters returned."
             )
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> str | None:
+    return f"of the shape {tuple(tensors[name].shape)}" if name in tensors else None
 
 
 def _text(config: Any) -> str:

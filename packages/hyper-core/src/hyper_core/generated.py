@@ -59,8 +59,8 @@ class GeneratedParameters(nn.Module):
     Dtype and device: float32, or the leaves' where wider, on the first leaf's device. `to` changes
     it; the averages are never below float32. Values are converted where they meet the leaves.
     Gradient: to the hypernetworks' weights, which are all of `parameters`; never to the state.
-    Saved: the weights, the state, the running averages; nothing else changes the next step. The
-    choices too: loading those of others is refused. Loading discards a pending `refresh`.
+    Saved: weights, state, running averages, choices; nothing else changes the next step. What does
+    not fit is refused before anything is loaded; loading discards a pending `refresh`.
     Paper: section 3.2 and Appendix C. Deviations: the tokens, the sharing, the outputs, the
     damped and static states, token_rms.
 
@@ -260,7 +260,7 @@ class GeneratedParameters(nn.Module):
         self.discard()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        check_saved(self._choices, state_dict.get(f"{prefix}choices"))
+        check_saved(self._choices, self.state_dict(), state_dict, prefix)
         self.discard()
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
