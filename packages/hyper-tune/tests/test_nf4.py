@@ -281,7 +281,7 @@ def test_two_processes_that_each_hold_the_base_train_on_a_stream_and_log_as_one(
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_plan_is_within_a_tenth_of_what_a_real_step_takes(
+def test_the_plan_is_within_a_fiftieth_of_what_a_real_step_takes(
     config: Callable[..., Path], tmp_path: Path, dtype: str, checkpointing: bool
 ) -> None:
     path = tmp_path / "even.jsonl"
@@ -316,7 +316,7 @@ def test_the_plan_is_within_a_tenth_of_what_a_real_step_takes(
         measured = held + ALLOCATIONS["allocated_at_most"](run._optimize)
     rehearsal = rehearse(settings, length)
     planned = rehearsal.memory(BaseLayout(1, 1))
-    assert sum(planned.values()) == pytest.approx(measured, rel=0.1)
+    assert sum(planned.values()) == pytest.approx(measured, rel=0.02)
     wide = {"fp32": 4, "bf16": 2}[dtype]
     matrices = LAYERS * (4 * WIDTH * WIDTH + 3 * 2 * WIDTH * WIDTH)
     others = rehearsal.base_parameters - matrices

@@ -60,8 +60,6 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operation, and count the storages of what it returns."""
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
-            return NotImplemented  # the operations that it is made of come by themselves
         returned = function(*args, **(kwargs or {}))
         for value in returned if isinstance(returned, tuple | list) else (returned,):
             if isinstance(value, Tensor):
