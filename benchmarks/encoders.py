@@ -122,9 +122,9 @@ def report(runs: Path, tasks: Sequence[str], steps: int, seeds: int) -> str:
         "Each figure is a mean over the seeds of its row. Loss: the trailing mean of "
         f"{WINDOW} steps at the end. Accuracy: on the dev set, or on the rows held out of MR. To "
         "AdaLoRA's loss: steps, and seconds of these steps, until the trailing mean is at most "
-        "AdaLoRA's at its end with the same seed; - where a seed never came there. So few steps of "
-        f"{COMMON['batch_size']} rows leave chance on no task but barely MR: this shows that the "
-        "runs work, and what a step costs, and not which method learns sooner. Learning rates: "
+        "AdaLoRA's at its end with the same seed; - where a seed never came there. In so few steps "
+        f"of {COMMON['batch_size']} rows most runs stay near chance: they show that the runs work, "
+        "and what a step costs, and not which method learns sooner. Learning rates: "
         + ", ".join(f"{name} {options['lr']:g}" for name, options in METHODS.items())
         + "; taken from earlier trials on MR, and not tuned for each task.",
         "",
