@@ -112,15 +112,15 @@ def measure(
     finally:
         torch.set_default_dtype(default)
     adapted = adapt(model.train(), config(name), total_steps=_MOST_STEPS)
-    optimizer = torch.optim.Adam(adapted.method.parameters(), lr=_LEARNING_RATE)
+    optimizer, _ = adapted.optimizers(_LEARNING_RATE, optimizer=torch.optim.Adam)
     tokens = torch.randint(5, model.config.vocab_size, (batch, length), device=device)
     causal = isinstance(model, LlamaForCausalLM)
     labels = tokens if causal else torch.zeros(batch, dtype=torch.long, device=device)
     seconds = []
     for _ in range(_WARM_UP + steps):
         started = _now(device)
-        with adapted.method.step(optimizer):
-            model(input_ids=tokens, labels=labels).loss.backward()
+        model(input_ids=tokens, labels=labels).loss.backward()
+        optimizer.step()
         seconds.append(_now(device) - started)
     return {
         "memory (MiB)": _peak_bytes(device) / _MIB,

@@ -365,6 +365,9 @@ def test_components_of_a_run_are_its_update(recipe, monkeypatch):
     for name, layer in method.layers.items():
         scaled = layer.scaling * product(found[name])
         torch.testing.assert_close(scaled, layer.delta().double())
+        pruned = ~layer.rank_mask
+        assert int(pruned.sum()) == 1
+        assert not any(part[pruned].any() for part in vars(found[name]).values())
     with pytest.raises(UserError, match="adapt different matrices"):
         recipe.similarity.compare(found, {"other": found["0"]})
 
@@ -379,7 +382,7 @@ def test_a_steps_cost_is_measured(recipe, monkeypatch):
         num_key_value_heads=1,
     )
     monkeypatch.setitem(recipe.step_cost.SHAPES, "llama-small", (torch.float32, small))
-    for name in ("adalora", "dylora"):
+    for name in ("hyperadalora", "lora"):
         found = recipe.step_cost.measure("llama-small", name, 2, 8, 2, torch.device("cpu"), seed=0)
         assert found["memory (MiB)"] > 50
         assert 0 < found["latency (ms)"] < 60_000
