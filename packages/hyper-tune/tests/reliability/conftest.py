@@ -146,6 +146,12 @@ def nightly(rounds: Callable[[int], int]) -> bool:
     return rounds(1) > 1
 
 
+@pytest.fixture(scope="session")
+def slack() -> Callable[[], float]:
+    """Return what says how many times longer things take than on a machine without other work."""
+    return lambda: max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 FIGURES: list[tuple[int, str, str]] = []
 
 

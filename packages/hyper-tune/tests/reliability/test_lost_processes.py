@@ -13,7 +13,7 @@ from hyper_tune.checkpoint import has_checkpoints, read_newest
 # What a fault needs: where it strikes, at which step (of a run that saves at 2 and prunes at 3).
 STAGES = {"forward": 3, "backward": 3, "allocation": 2, "collect": 4, "write": 4, "restore": 0}
 WORDS = {"SIGKILL": "has ended", "SIGSTOP": "is stopped"}
-TIMEOUT, PATIENCE = 2, 5
+TIMEOUT, PATIENCE = 4, 5
 
 
 @pytest.fixture
@@ -21,21 +21,23 @@ def started(jobs: Any, job_config: Callable[..., Path], tmp_path: Path) -> Calla
     """Return what starts a job of two that saves every two steps, with a fault."""
     config = job_config(max_steps=6, save_every_n_steps=2, batch_size=1)
 
-    def start(*overrides: str, **options: Any) -> Any:
-        overrides = (f"collective_timeout_seconds={TIMEOUT}", *overrides)
-        return jobs.start(config, tmp_path / "run", *overrides, ranks=2, **options)
+    def start(name: str, *overrides: str, **options: Any) -> Any:
+        return jobs.start(config, tmp_path / name, *overrides, ranks=2, **options)
 
     return start
 
 
-def strike(started: Callable[..., Any], kind: str, stage: str, victim: int) -> tuple[float, float]:
+def strike(
+    started: Callable[..., Any], name: str, kind: str, stage: str, victim: int
+) -> tuple[float, float]:
     """Strike one of two processes; return the seconds until the other says so, and has ended."""
     resume = "resume_from_checkpoint=True"
     if stage == "restore":
         stop = {"stage": "step", "step": 3, "rank": 1, "kind": "SIGTERM"}
-        assert started(resume, faults=[stop]).wait() == [143, 143]
+        assert started(name, faults=[stop]).wait() == [143, 143]
     fault = {"stage": stage, "step": STAGES[stage], "rank": victim, "kind": kind}
-    job = started(resume, faults=[fault])
+    short = () if kind == "SIGKILL" else (f"collective_timeout_seconds={TIMEOUT}",)
+    job = started(name, resume, *short, faults=[fault])
     survivor = 1 - victim
     deadline = time.monotonic() + 120
     while not job.struck(victim):
@@ -70,6 +72,7 @@ def test_the_others_end_when_one_does_not_answer(
     started: Callable[..., Any],
     rounds: Callable[[int], int],
     figure: Callable[..., None],
+    slack: Callable[[], float],
     kind: str,
 ) -> None:
     cases = [(stage, victim) for stage in STAGES for victim in victims(stage)]
@@ -80,9 +83,12 @@ def test_the_others_end_when_one_does_not_answer(
         for place, stage in enumerate(STAGES)
     ]
     limit = PATIENCE + (TIMEOUT if kind == "SIGSTOP" else 0)
-    took = [strike(started, kind, stage, victim) for stage, victim in chosen]
+    took = [
+        strike(started, str(number), kind, stage, victim)
+        for number, (stage, victim) in enumerate(chosen)
+    ]
     heard, ended = zip(*took, strict=True)
-    assert max(heard) <= limit
+    assert max(heard) <= limit * slack()
     assert set(chosen) <= set(cases)
     what = "killed" if kind == "SIGKILL" else f"stopped, with a timeout of {TIMEOUT} s"
     figure(
@@ -94,6 +100,6 @@ def test_the_others_end_when_one_does_not_answer(
 
 
 def test_without_a_fault_both_finish(started: Callable[..., Any]) -> None:
-    job = started()
+    job = started("run")
     assert job.wait() == [0, 0]
     assert "do not answer" not in job.said(0) + job.said(1)

@@ -27,6 +27,7 @@ def test_all_stop_at_one_step_which_is_saved(
     job_config: Callable[..., Path],
     rounds: Callable[[int], int],
     figure: Callable[..., None],
+    slack: Callable[[], float],
     tmp_path: Path,
     ranks: int,
 ) -> None:
@@ -62,7 +63,7 @@ def test_all_stop_at_one_step_which_is_saved(
         assert figures(again) == figures(whole)
         last = f"checkpoints/step-{STEPS:08d}/state.safetensors"
         assert (output / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
-    assert max(took) <= 10
+    assert max(took) <= 10 * slack()
     figure(
         8,
         f"SIGTERM to one of {ranks}: all end with 143 at one step, saved, within 10 s, and resume "
