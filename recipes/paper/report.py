@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -19,6 +20,7 @@ from measures import Results, Summary
 from hyper_tune.durable import make_folder, write_text
 from hyper_tune.provenance import git_state, versions
 
+_PACKAGES = sysconfig.get_paths()["purelib"]
 _RULES = {
     "to the loss": (
         "Time to the loss: until the trailing mean of the loss over {window} steps is first at "
@@ -65,7 +67,8 @@ def markdown(
     if failures:
         lines += ["", "## Failed", "", *(f"- {f.cell.label}: {f.reason}" for f in failures)]
     lines += ["", "## Commands", "", "```", shlex.join(command), "```", ""]
-    lines += ["It ran, with the folders of results and data written as OUTPUT and DATA:", "", "```"]
+    lines += ["It ran, with the folders of results, data and Python's packages written as OUTPUT,"]
+    lines += ["DATA and PACKAGES:", "", "```"]
     lines += [_shown(cell, results) for cell in cells]
     return "\n".join([*lines, "```", ""])
 
@@ -80,7 +83,7 @@ def table(results: Results, measured: Sequence[tuple[Point, Mapping[str, Summary
     for point, summaries in measured:
         paper, stand_ins = experiment.of_paper(point), results.planner.stand_ins(point)
         names = [_named(value, stand_ins.get(axis)) for axis, value in point.items()]
-        numbers = [str(paper.get(name, "-")) for name in theirs]
+        numbers = [_printed(paper[name]) if name in paper else "-" for name in theirs]
         ours = [str(summaries.get(name, "-")) for name in experiment.measures]
         lines.append(_row([*names, *numbers, *ours]))
     return lines
@@ -176,6 +179,7 @@ def _shown(cell: Cell, results: Results) -> str:
     text = shlex.join(words).replace(str(results.output), "OUTPUT")
     if results.planner.data is not None:
         text = text.replace(str(results.planner.data.resolve()), "DATA")
+    text = text.replace(_PACKAGES, "PACKAGES")
     repository = str(Path(__file__).parents[2]) + "/"
     note = f"{record['seconds']:.0f} s" if record else "not finished"
     return f"# {cell.label}: {note}\n{text.replace(repository, '')}"
@@ -191,6 +195,11 @@ def _record(cell: Cell, output: Path) -> dict[str, Any]:
 def _papers_names(experiment: Experiment) -> list[str]:
     points = experiment.points("real")
     return list(dict.fromkeys(name for point in points for name in experiment.of_paper(point)))
+
+
+def _printed(number: float) -> str:
+    """Return a number of the paper with at least two decimals, unless it is a whole one."""
+    return max(f"{number:.2f}", str(number), key=len) if isinstance(number, float) else str(number)
 
 
 def _named(value: Any, stand_in: str | None) -> str:

@@ -357,7 +357,7 @@ def test_components_of_a_run_are_its_update(recipe, monkeypatch):
             parameter.copy_(torch.randn_like(parameter))
         for group in method.stack.groups:
             if group.rank_mask is not None:
-                group.rank_mask[0, 1] = False
+                group.rank_mask[:, 1] = False
     opened = argparse.Namespace(method=method)
     monkeypatch.setattr("hyper_tune.torchtune.trained.open_trained", lambda run: opened)
     found = recipe.similarity.components(Path("run"))
@@ -561,18 +561,22 @@ def test_the_report_has_the_papers_numbers_beside_ours(recipe, data, tmp_path):
     assert (found["mean"], found["seeds"], found["never"]) == ("3.75", "1", "1")
 
 
-def test_a_figure_is_drawn_of_what_there_is(recipe, package, data, tmp_path):
+def test_a_figure_is_drawn_of_what_there_is(recipe, package, data, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    output = tmp_path / "out"
     planner = recipe.cells.Planner(recipe.experiment.load("figure2"), "tiny", data, "cpu")
+    monkeypatch.setattr(recipe.report, "_PACKAGES", str(tmp_path.parent))
     for point in planner.experiment.points("tiny")[:2]:
         cell = planner.measured(point, 0)["training"]
-        finish(recipe, cell, tmp_path, [1.0] * 12, 0.5, accuracy=0.75)
-    results = recipe.measures.Results(planner, tmp_path, (0, 1))
+        finish(recipe, cell, output, [1.0] * 12, 0.5, accuracy=0.75)
+    results = recipe.measures.Results(planner, output, (0, 1))
     found = results.summaries(planner.experiment.points("tiny")[0])
     assert str(found["accuracy"]) == "0.7500 (1 of 2 seeds missing)"
     paths = recipe.report.write_report(results, planner.all_cells((0, 1)), [], ["run"])
     assert paths[2].read_bytes().startswith(b"\x89PNG")
-    assert "![Smoothed training loss](figure2-tiny.png)" in paths[0].read_text()
+    text = paths[0].read_text()
+    assert "![Smoothed training loss](figure2-tiny.png)" in text
+    assert f"model=PACKAGES/{tmp_path.name} " in text
 
 
 def test_the_command_reports_failures_and_a_dry_run_lists(
