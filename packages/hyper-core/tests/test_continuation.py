@@ -226,3 +226,17 @@ def test_loading_discards_a_pending_refresh():
     with pytest.raises(HyperError, match="without a pending refresh"):
         generated.commit()
     assert torch.equal(generated.state_p_0, saved["state_p_0"])
+
+
+def test_the_averages_of_a_discarded_step_are_not_committed_by_the_next():
+    run = Run(0, "recurrent", "token_rms")
+    run.train(range(2))
+    averages = {n: v.clone() for n, v in run.generated.averages.state_dict().items()}
+    run.generated.refresh()
+    run.p.grad, run.lam.grad = torch.full_like(run.p, torch.nan), torch.ones_like(run.lam)
+    run.generated.backward()
+    run.generated.discard()
+    run.generated.refresh()
+    run.generated.commit()
+    for name, value in run.generated.averages.state_dict().items():
+        assert torch.equal(value, averages[name]), name
