@@ -12,7 +12,7 @@ CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
 PACKAGES = ("hyper-core", "lowrank-adapters", "rank-budget", "hyper-tune")
 ALL = [f"packages/{name}" for name in PACKAGES]
 EVERYTHING = [ALL[0], f"{ALL[1]}[gguf]", f"{ALL[2]}[plot]", f"{ALL[3]}[torchtune]"]
-TEST_TOOLS = ["pytest", "hypothesis"]
+TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis"]
 
 # What each set of tests needs beside TEST_TOOLS. A package is tested without its siblings, as it
 # is installed elsewhere; PEFT and torchtune are never in one environment.
@@ -46,7 +46,9 @@ def tests(session: nox.Session, suite: str) -> None:
     needs, folders = SUITES[suite]
     install(session, *TEST_TOOLS, *needs)
     # More threads only slow down matrices as small as the tests'.
-    session.run("pytest", "-q", *folders, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    # Files are shared over the cores; fixtures that cost much belong to one file.
+    spread = ("--numprocesses", "auto", "--dist", "loadfile")
+    session.run("pytest", "-q", *spread, *folders, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(reuse_venv=True)
