@@ -172,6 +172,14 @@ def test_every_command_line_is_read_by_its_program(recipe, package, data, tmp_pa
     assert len(before) == len(cells)
 
 
+@pytest.mark.parametrize("scale", ["tiny", "real"])
+def test_encoders_can_have_methods_that_do_not_prune(recipe, package, data, tmp_path, scale):
+    figure = changed(recipe, tmp_path, "[adalora, hyperadalora]", "[lora, hyperdora]", "figure2")
+    planner = recipe.cells.Planner(figure, scale, data, "cpu")
+    read = [parse(recipe, cell, tmp_path).method for cell in planner.all_cells([0])]
+    assert {(m.name, m.init_rank, m.budget) for m in read} >= {("lora", 3, 3), ("hyperdora", 3, 3)}
+
+
 def test_the_real_scale_is_the_papers_setting(recipe, package, data, tmp_path):
     def settings(name, **point):
         planner = recipe.cells.Planner(recipe.experiment.load(name), "real", data, "cuda")
