@@ -402,7 +402,8 @@ def test_a_steps_cost_is_measured(recipe, monkeypatch):
 WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1], 'out').write_text('done')"
 WAITS = (
     "import sys, time, pathlib; here = pathlib.Path(sys.argv[1]); here.joinpath('begun').touch()\n"
-    "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.02)\n"
+    "end = time.monotonic() + 120\n"
+    "while not pathlib.Path(sys.argv[2]).exists() and time.monotonic() < end: time.sleep(0.02)\n"
     "here.joinpath('out').write_text('done')"
 )
 FAILS = "import sys; print('first', file=sys.stderr); sys.exit('error: no such rows; make some.')"
