@@ -390,8 +390,15 @@ def test_a_steps_cost_is_measured(recipe, monkeypatch):
         num_key_value_heads=1,
     )
     monkeypatch.setitem(recipe.step_cost.SHAPES, "llama-small", (torch.float32, small))
+    made, adapt = [], recipe.step_cost.adapt
+    monkeypatch.setattr(
+        recipe.step_cost,
+        "adapt",
+        lambda *given, **more: made.append(adapt(*given, **more)) or made[-1],
+    )
     for name in ("hyperadalora", "lora"):
         found = recipe.step_cost.measure("llama-small", name, 2, 8, 2, torch.device("cpu"), seed=0)
+        assert made[-1].steps == 2 + 2  # those that warm up, too
         assert found["memory (MiB)"] > 50
         assert 0 < found["latency (ms)"] < 60_000
     assert recipe.step_cost.config("hyperadalora").hypernetwork.preset == "attention-tinybert"
