@@ -106,9 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         sys.stderr.write(f"error: {error.format_message()}\n")
         return EXIT_MISTAKE
-    except (KeyboardInterrupt, typer.Abort):
+    if status == EXIT_INTERRUPTED:
         sys.stderr.write("stopped; the same command goes on from here.\n")
-        return EXIT_INTERRUPTED
     return status if isinstance(status, int) else 0
 
 

@@ -172,6 +172,14 @@ def test_every_command_line_is_read_by_its_program(recipe, package, data, tmp_pa
     assert len(before) == len(cells)
 
 
+@pytest.mark.parametrize("scale", ["tiny", "real"])
+def test_encoders_can_have_methods_that_do_not_prune(recipe, package, data, tmp_path, scale):
+    figure = changed(recipe, tmp_path, "[adalora, hyperadalora]", "[lora, hyperdora]", "figure2")
+    planner = recipe.cells.Planner(figure, scale, data, "cpu")
+    read = [parse(recipe, cell, tmp_path).method for cell in planner.all_cells([0])]
+    assert {(m.name, m.init_rank, m.budget) for m in read} >= {("lora", 3, 3), ("hyperdora", 3, 3)}
+
+
 def test_the_real_scale_is_the_papers_setting(recipe, package, data, tmp_path):
     def settings(name, **point):
         planner = recipe.cells.Planner(recipe.experiment.load(name), "real", data, "cuda")
@@ -382,8 +390,15 @@ def test_a_steps_cost_is_measured(recipe, monkeypatch):
         num_key_value_heads=1,
     )
     monkeypatch.setitem(recipe.step_cost.SHAPES, "llama-small", (torch.float32, small))
+    made, adapt = [], recipe.step_cost.adapt
+    monkeypatch.setattr(
+        recipe.step_cost,
+        "adapt",
+        lambda *given, **more: made.append(adapt(*given, **more)) or made[-1],
+    )
     for name in ("hyperadalora", "lora"):
         found = recipe.step_cost.measure("llama-small", name, 2, 8, 2, torch.device("cpu"), seed=0)
+        assert made[-1].steps == 2 + 2  # those that warm up, too
         assert found["memory (MiB)"] > 50
         assert 0 < found["latency (ms)"] < 60_000
     assert recipe.step_cost.config("hyperadalora").hypernetwork.preset == "attention-tinybert"
@@ -394,7 +409,8 @@ def test_a_steps_cost_is_measured(recipe, monkeypatch):
 WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1], 'out').write_text('done')"
 WAITS = (
     "import sys, time, pathlib; here = pathlib.Path(sys.argv[1]); here.joinpath('begun').touch()\n"
-    "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.02)\n"
+    "end = time.monotonic() + 120\n"
+    "while not pathlib.Path(sys.argv[2]).exists() and time.monotonic() < end: time.sleep(0.02)\n"
     "here.joinpath('out').write_text('done')"
 )
 FAILS = "import sys; print('first', file=sys.stderr); sys.exit('error: no such rows; make some.')"
@@ -446,20 +462,18 @@ def test_jobs_run_at_a_time(recipe, tmp_path):
 DRIVER = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from pathlib import Path
 from cells import Cell
-from grid import Grid, locked
-import signal, run
-signal.signal(signal.SIGTERM, run._interrupt)
-output, waits, go = Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-cells = [Cell(name, ("python", "-c", waits, "{cell}", go, name), "out") for name in ("a", "b")]
-with locked(output) as lock:
-    sys.exit(len(Grid(output, lock).run(cells)))
+import cells, run
+output, waits, go, data = sys.argv[2:]
+made = [Cell(name, ("python", "-c", waits, "{cell}", go, name), "out") for name in ("a", "b")]
+cells.Planner.all_cells = lambda self, seeds: made
+words = ["table6", "--scale", "tiny", "--data", data, "--output", output]
+sys.exit(run.main(words))
 """
 
 
-def drive(output, go):
-    words = [sys.executable, "-c", DRIVER, str(RECIPE), str(output), WAITS, str(go)]
+def drive(output, go, data):
+    words = [sys.executable, "-c", DRIVER, str(RECIPE), str(output), WAITS, str(go), str(data)]
     return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
 
 
@@ -471,18 +485,17 @@ def wait_for(condition, seconds=60):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_goes_on_and_keeps_others_out(recipe, tmp_path, how):
+def test_a_killed_run_goes_on_and_keeps_others_out(recipe, data, tmp_path, how):
     output, go = tmp_path / "out", tmp_path / "go"
     words = ("python", "-c", WAITS, "{cell}", str(go))
     first, second = (recipe.cells.Cell(name, (*words, name), "out") for name in ("a", "b"))
     begun = first.folder(output) / "begun"
-    process = drive(output, go)
+    process = drive(output, go, data)
     wait_for(begun.exists)
     with pytest.raises(UserError, match="another run"), recipe.grid.locked(output):
         pass
     process.send_signal(how)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    said = process.communicate(timeout=60)[1]
     if how == signal.SIGKILL:
         # The command that it had started goes on, and the folder is still its.
         with pytest.raises(UserError, match="a killed one"), recipe.grid.locked(output):
@@ -490,6 +503,8 @@ def test_a_killed_run_goes_on_and_keeps_others_out(recipe, tmp_path, how):
         go.touch()
         wait_for((first.folder(output) / "out").exists)
     else:
+        assert process.returncode == 130
+        assert "stopped; the same command goes on from here." in said
         assert not (first.folder(output) / "out").exists()
         go.touch()
     assert not recipe.grid.finished(first, output)
