@@ -73,11 +73,24 @@ def read(source: Source, files: list[Path] | None) -> tuple[Iterable[Row], Itera
         if not source.trains:
             return [], parts[0]
         return parts[0], parts[1] if len(parts) > 1 else None
-    found = load_dataset(source.hub, source.subset)
+    try:
+        found = load_dataset(source.hub, source.subset)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"{source.hub} cannot be fetched ({_first_line(error)}); where there is a "
+            f"network, run `hf download {source.hub} --repo-type dataset --local-dir "
+            f"{source.hub.rpartition('/')[2]}`, and name its files with --source."
+        ) from error
     return found["train"] if source.trains else [], found[source.test] if source.test else None
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _read_file(load_dataset: Callable[..., Any], path: Path) -> Iterable[Row]:
+    if not path.is_file():
+        raise SystemExit(f"--source {path} does not exist.")
     kind = "parquet" if path.suffix == ".parquet" else "json"
     rows: Iterable[Row] = load_dataset(kind, data_files=str(path), split="train")
     return rows

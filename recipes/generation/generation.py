@@ -96,8 +96,9 @@ def train(run: Path, config: str, method: str, data: Path, overrides: list[str])
         return
     command = [
         str(Path(sys.executable).with_name("tune")),
-        *("run", "hyper-tune/hyperadalora_full", "--config", config),
-        *(f"output_dir={run}", f"method.name={method}", "resume_from_checkpoint=True"),
+        *("run", f"hyper-tune/{method}_full", "--config", config),
+        *(f"output_dir={run}", "resume_from_checkpoint=True"),
+        "dataset=hyper_tune.torchtune.data.file_dataset",
         f"dataset.path={data / 'train.jsonl'}",
         *(override.replace("{data}", str(data)) for override in overrides),
     ]

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from hyper_tune import METHODS
+from hyper_tune.entry import RECIPES
 from hyper_tune.evaluate.sandbox import Sandbox
 from hyper_tune.evaluate.tasks import Gsm8kTask, HumanEvalTask, TextTask
+from hyper_tune.torchtune import cli
+from hyper_tune.torchtune.settings import RecipeSettings
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "generation"
 NAMES = ("alpaca", "magpie", "open_platypus", "gsm8k", "humaneval")
@@ -107,6 +111,46 @@ def test_the_table_has_a_column_for_each_method(recipe):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:optimizer.lr is")
+@pytest.mark.parametrize("scale", ["tiny", "real"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_recipe_accepts_every_scale_and_method(recipe, tmp_path, monkeypatch, scale, method):
+    typed = []
+    monkeypatch.setattr(recipe.generation, "_run", typed.append)
+    chosen = recipe.generation.SCALES[scale]
+    recipe.generation.train(
+        tmp_path / "run", chosen.config, method, Path("data/alpaca"), chosen.overrides
+    )
+    (command,) = typed
+    config = cli.configuration(command[3:], RECIPES[command[2]])
+    assert RecipeSettings.from_config(config).method.name == method
+    assert config.dataset["_component_"] == "hyper_tune.torchtune.data.file_dataset"
+    assert config.dataset.path == "data/alpaca/train.jsonl"
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(recipe, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*names):
+        raise ConnectionError("Couldn't reach 'tatsu-lab/alpaca' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(SystemExit) as caught:
+        recipe.data.read(recipe.data.SOURCES["alpaca"], None)
+    assert caught.value.code == (
+        "tatsu-lab/alpaca cannot be fetched (Couldn't reach 'tatsu-lab/alpaca' on the Hub); where "
+        "there is a network, run `hf download tatsu-lab/alpaca --repo-type dataset --local-dir "
+        "alpaca`, and name its files with --source."
+    )
+
+
+@pytest.mark.parametrize("place", ["missing.parquet", "missing.jsonl"])
+def test_a_local_file_that_is_not_there_is_named(recipe, tmp_path, place):
+    pytest.importorskip("datasets")
+    with pytest.raises(SystemExit, match=f"--source .*{place} does not exist"):
+        recipe.data.read(recipe.data.SOURCES["alpaca"], [tmp_path / place])
+
+
 def test_commands_are_those_that_a_user_types(recipe, tmp_path, monkeypatch):
     typed = []
     monkeypatch.setattr(recipe.generation, "_run", typed.append)
@@ -114,10 +158,10 @@ def test_commands_are_those_that_a_user_types(recipe, tmp_path, monkeypatch):
     recipe.generation.train(run, "llama3_1_8b", "adalora", Path("data/alpaca"), ["x={data}/y"])
     (command,) = typed
     assert command[1:] == [
-        *("run", "hyper-tune/hyperadalora_full", "--config", "llama3_1_8b", f"output_dir={run}"),
+        *("run", "hyper-tune/adalora_full", "--config", "llama3_1_8b", f"output_dir={run}"),
         *(
-            "method.name=adalora",
             "resume_from_checkpoint=True",
+            "dataset=hyper_tune.torchtune.data.file_dataset",
             "dataset.path=data/alpaca/train.jsonl",
             "x=data/alpaca/y",
         ),

@@ -94,6 +94,7 @@ def test_cp_copies_and_overwrites_nothing_unasked(
 
 def test_a_wrong_command_line_is_one_line(fails: Callable[..., str], tmp_path: Path) -> None:
     assert "Did you mean llama3_1_8b?" in fails("cp", "lama3_1_8b", "x")
+    assert "Did you mean hyper-tune/hyperdora_full?" in fails("cp", "hyperdora_ful", "x")
     assert "lama3_1_8b" in fails("plan", "--config", "lama3_1_8b")
     assert fails() == "Missing command."
     assert "No such command" in fails("train")

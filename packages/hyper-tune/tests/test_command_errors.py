@@ -97,7 +97,10 @@ def test_a_missing_tokenizer_is_named(fails: Failing, tmp_path: Path) -> None:
         ("batch_size=two", "batch_size is 'two', but must be a whole number at least 1; "),
         ("optimizer=adam", "optimizer: adam cannot be built"),
         ("method=lora", "configuration: method must be a section of keys, such as name."),
-        ("optimizer._component_=torch.optim.Adamm", "optimizer: torch.optim.Adamm cannot be built"),
+        (
+            "optimizer._component_=torch.optim.Adamm",
+            "optimizer: torch.optim.Adamm cannot be built: torch.optim has no 'Adamm'; did you ",
+        ),
         ("device=mps", "device is 'mps', but must be one of cpu, cuda; "),
         ("seed=abc", "seed is 'abc', but must be a whole number; correct it."),
         ("seed=null", "seed is None, but must be a whole number; correct it."),

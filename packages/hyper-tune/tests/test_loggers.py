@@ -226,7 +226,11 @@ def test_a_logger_that_fails_is_switched_off_with_one_warning_and_the_run_goes_o
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"_component_": f"{LOGGING}.TensorBordLogger"}, "metric_logger: torchtune.training.met"),
+        (
+            {"_component_": f"{LOGGING}.TensorBordLogger"},
+            f"metric_logger: {LOGGING}.TensorBordLogger cannot be built: {LOGGING} has no "
+            "'TensorBordLogger'; did you mean 'TensorBoardLogger'?",
+        ),
         (
             {"_component_": f"{LOGGING}.TensorBoardLogger", "logdir": "x"},
             "metric_logger has no key 'logdir'; did you mean 'log_dir'?",

@@ -1,5 +1,7 @@
 """The configuration of a method: defaults, PEFT's names, refusals."""
 
+from typing import Any
+
 import pytest
 
 from hyper_core import AttentionConfig, ConvConfig, HyperError
@@ -48,6 +50,34 @@ def test_peft_names_are_understood() -> None:
         orthogonality=0.5,
         target_modules=("q_proj", "v_proj"),
         exclude=("layers.0.*",),
+    )
+
+
+def test_names_may_be_a_list_where_python_makes_the_configuration() -> None:
+    listed = MethodConfig("lora", target_modules=["q_proj", "v_proj"], exclude=["layers.0.*"])
+    assert listed.target_modules == ("q_proj", "v_proj")
+    assert listed.exclude == ("layers.0.*",)
+    assert hash(listed) == hash(
+        MethodConfig("lora", target_modules=("q_proj", "v_proj"), exclude=("layers.0.*",))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "kind"),
+    [
+        ("hyperadalora", "pruning", "PruningSettings"),
+        ("hyperlora", "hypernetwork", "HypernetworkSettings"),
+        ("dora", "magnitude", "MagnitudeSettings"),
+        ("dylora", "sampling", "SamplingSettings"),
+    ],
+)
+def test_a_dictionary_in_a_sections_place_is_refused(name: str, section: str, kind: str) -> None:
+    given: dict[str, Any] = {section: {}}
+    with pytest.raises(UserError) as caught:
+        MethodConfig(name, **given)
+    assert str(caught.value) == (
+        f"method.{section} is {{}}, but must be made by {kind}(...); "
+        "MethodConfig.from_mapping reads dictionaries."
     )
 
 

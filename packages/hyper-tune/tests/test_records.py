@@ -234,6 +234,15 @@ def test_a_missing_file_lists_what_is_there(tmp_path: Path) -> None:
     assert text_of(lost) == f"{lost} does not exist; no data file is in {lost.parent}."
 
 
+def test_a_missing_file_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert text_of(Path("data")) == f"data does not exist; no data file is in {tmp_path}."
+    write(tmp_path, PAIR, name="a.jsonl")
+    assert text_of(Path("data")) == f"data does not exist; {tmp_path} has a.jsonl."
+
+
 @pytest.mark.parametrize("prefix", [b"\xef\xbb\xbf", b""])
 def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path: Path, prefix: bytes) -> None:
     path = tmp_path / "data.jsonl"

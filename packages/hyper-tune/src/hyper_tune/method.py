@@ -1,6 +1,6 @@
 """What a run trains: the choices of layer, owner of the factors, hypernetwork and rank budget."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -109,8 +109,8 @@ class MethodConfig:
     init_rank: int = 6
     budget: float | None = None
     alpha: float | None = None
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
-    exclude: str | tuple[str, ...] = ()
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude: str | Sequence[str] = ()
     orthogonality: float | None = None
     hypernetwork: HypernetworkSettings | None = None
     pruning: PruningSettings | None = None
@@ -122,6 +122,7 @@ class MethodConfig:
         require_number("method.init_rank", self.init_rank, whole=True, least=1)
         for field in ("target_modules", "exclude"):
             self._require_names(field)
+        self._require_sections()
         self._refuse_contradictions()
         self._fill_defaults()
         require_number("method.budget", self.budget, above=0)
@@ -139,14 +140,23 @@ class MethodConfig:
         self._check_sampling()
 
     def _require_names(self, field: str) -> None:
-        """Take one name for a tuple of it, as PEFT does; refuse what is no name."""
-        value = getattr(self, field)
-        if isinstance(value, str) and value != ALL_LINEAR:
-            value = (value,)
+        """Take one name or a list for a tuple, as PEFT does; refuse what is no name."""
+        value: Any = getattr(self, field)
+        if isinstance(value, list) or (isinstance(value, str) and value != ALL_LINEAR):
+            value = tuple(value) if isinstance(value, list) else (value,)
             object.__setattr__(self, field, value)
         names = isinstance(value, (str, tuple)) and all(isinstance(name, str) for name in value)
         rule = "must be names or patterns of modules"
         require(names, f"method.{field}", value, rule, "write [q_proj, v_proj]")
+
+    def _require_sections(self) -> None:
+        for section, kind in _SECTIONS.items():
+            value = getattr(self, section)
+            if value is not None and not isinstance(value, kind):
+                raise UserError(
+                    f"method.{section} is {value!r}, but must be made by {kind.__name__}(...); "
+                    "MethodConfig.from_mapping reads dictionaries."
+                )
 
     @property
     def method(self) -> Method:
@@ -225,9 +235,6 @@ class MethodConfig:
                 raise UserError(f"method.{key} is {values[key]!r}, but must be a section of keys.")
             known_fields(f"method.{key}", values[key], {field.name for field in fields(kind)})
             values[key] = kind(**values[key])
-        for key in ("target_modules", "exclude"):
-            if isinstance(values.get(key), list):
-                values[key] = tuple(values[key])
         try:
             return cls(**values)
         except TypeError as error:

@@ -193,7 +193,7 @@ def data_files(folder: Path) -> list[Path]:
 
 def _refuse_missing(path: Path) -> None:
     if not path.is_file():
-        folder = path.parent
+        folder = path.parent if path.parent.name else path.parent.absolute()
         there = [p.name for p in data_files(folder)] if folder.is_dir() else []
         what = f"{folder} has {', '.join(there)}" if there else f"no data file is in {folder}"
         raise UserError(f"{path} does not exist; {what}.")

@@ -21,8 +21,9 @@ def cp(
     data = {f"data={key}": path for key, path in packaged_data().items()}
     there = packaged_recipes() | packaged_configs() | data
     if name not in there:
-        near = difflib.get_close_matches(name, there, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        short = {key.removeprefix("hyper-tune/"): key for key in there}
+        near = difflib.get_close_matches(name.removeprefix("hyper-tune/"), short, n=1)
+        hint = f" Did you mean {short[near[0]]}?" if near else ""
         raise UserError(f"the package ships no {name!r}; it has {', '.join(there)}.{hint}")
     source = there[name]
     target = destination / source.name if destination.is_dir() else destination

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,9 @@ def build(section: str, component: Component, *arguments: Any, **overrides: Any)
     except UserError:
         raise
     except (InstantiationError, TypeError, ValueError, KeyError, OSError) as error:
-        reason = " ".join((repr(error) if isinstance(error, KeyError) else str(error)).split())
+        reason = _missing_name(name) or " ".join(
+            (repr(error) if isinstance(error, KeyError) else str(error)).split()
+        )
         hint = _nearest_argument(component, reason)
         raise UserError(f"{section}: {name} cannot be built: {reason}{hint}") from error
 
@@ -44,9 +47,19 @@ def find_component(section: str, component: Component) -> Callable[..., Any]:
     try:
         found: Callable[..., Any] = _get_component_from_path(name)
     except (InstantiationError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = _missing_name(name) or " ".join(str(error).split())
         raise UserError(f"{section}: {name} cannot be built: {reason}") from error
     return found
+
+
+def _missing_name(component: str) -> str:
+    """Say that a module which was imported lacks the name; empty where that is not the reason."""
+    module, _, name = component.rpartition(".")
+    if module not in sys.modules or hasattr(sys.modules[module], name):
+        return ""
+    near = difflib.get_close_matches(name, dir(sys.modules[module]), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "; correct it."
+    return f"{module} has no {name!r}{hint}"
 
 
 def _nearest_argument(component: Component, reason: str) -> str:
