@@ -117,6 +117,9 @@ def test_a_wrong_command_line_is_one_line(fails: Callable[..., str], tmp_path: P
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     (tmp_path / "metrics.jsonl").write_text("{}\nno\n")
     assert fails("compare", tmp_path).startswith(f"the figures in {tmp_path} are not JSON: ")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "live_ranks": 3}\n')
+    nowhere = tmp_path / "no" / "losses.png"
+    assert str(nowhere) in fails("compare", tmp_path, "--png", nowhere)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from hyper_tune.errors import UserError
 from hyper_tune.torchtune.components import build
 from hyper_tune.torchtune.evaluate import Questions, greedy, held_out_loss, peak_memory_mib
 from hyper_tune.torchtune.recipe import FineTuning
@@ -171,3 +172,15 @@ def test_peak_memory_is_in_mib(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resident_mib - 1 <= peak_memory_mib(CPU) < 16 * resident_mib
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * 1024 * 1024)
     assert peak_memory_mib(torch.device("cuda")) == 3.0
+
+
+def test_held_out_data_that_carry_no_loss_are_refused() -> None:
+    samples = [{"tokens": [1, 2, 3], "labels": [-100, -100, -100]}]
+    model = nn.Embedding(5, 5)
+    model.register_forward_hook(lambda _, __, logits: [logits])
+    with pytest.raises(UserError) as caught:
+        held_out_loss(model, samples, batch_size=1, pad_id=0, device=CPU)
+    assert str(caught.value) == (
+        "no token of the 1 held-out samples carries loss, so that there is nothing to measure; "
+        "raise tokenizer.max_seq_len, or hold out others."
+    )

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hyper_tune import parallel
 from hyper_tune.cli.main import main
 from hyper_tune.errors import UserError
-from hyper_tune.layout import BaseLayout
+from hyper_tune.layout import BaseLayout, own_shard
 from hyper_tune.torchtune import base_model
 from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.settings import RecipeSettings
@@ -150,11 +153,10 @@ def test_offloading_is_asked_for_where_there_are_shards(
     monkeypatch.setattr(BaseLayout, "mesh", lambda *_: None)
     settings = RecipeSettings.from_config(OmegaConf.load(make_config()))
     model = base_model.build_on_meta(settings)
-    for processes in (1, 2):
+    for processes, offload in ((1, False), (2, False), (2, True)):
         monkeypatch.setattr(base_model, "world_size", lambda processes=processes: processes)
-        for offload in (False, True):
-            object.__setattr__(settings, "fsdp_cpu_offload", offload)
-            base_model.prepare_(model, settings, [], torch.device("cpu"))
+        object.__setattr__(settings, "fsdp_cpu_offload", offload)
+        base_model.prepare_(model, settings, [], torch.device("cpu"))
     assert asked == [False, True]
 
 
@@ -168,3 +170,49 @@ def test_plan_speaks_of_copies_and_shares(capsys: pytest.CaptureFixture[str]) ->
     assert "generating in shares" in shared
     assert main([*command, "--nproc", "3"]) == 2
     assert "need a multiple of 2 processes, but the job has 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("processes", "replicate"), [(1, 1), (2, 2)])
+def test_offloading_of_a_base_without_shards_is_refused(
+    make_config: ConfigMaker, processes: int, replicate: int
+) -> None:
+    keys = {"fsdp_cpu_offload": True, "device": "cuda", "data_parallel_replicate_dim": replicate}
+    settings = RecipeSettings.from_config(OmegaConf.load(make_config(**keys)))
+    with pytest.raises(UserError) as refused:
+        base_model.base_layout(settings, processes)
+    assert str(refused.value) == (
+        "fsdp_cpu_offload is set, and each process would hold the whole base, of which nothing is "
+        "offloaded: only shards are; run more processes, lower data_parallel_replicate_dim, or set "
+        "fsdp_cpu_offload=False."
+    )
+    assert base_model.base_layout(settings, 2 * processes).shard == 2
+
+
+def test_a_plan_of_offloaded_shards_has_no_weights_on_the_gpu(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["plan", "--config", "tiny_llama", "--length", "16", "device=cuda"]
+    assert main([*command, "--nproc", "2", "fsdp_cpu_offload=True"]) == 0
+    on_gpu, on_host = capsys.readouterr().out.split("memory of the host")
+    assert "\nbase weights" not in on_gpu
+    assert "\nbase weights" in on_host
+    assert main([*command, "--nproc", "1", "fsdp_cpu_offload=True"]) == 2
+    assert "fsdp_cpu_offload is set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", range(2))  # of a copy: a stand-in has no groups for the others
+def test_each_process_of_a_copy_keeps_its_own_rows(rank: int) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+    try:
+        with torch.device("meta"):
+            model = nn.Linear(3, 5, bias=False)
+        mesh = BaseLayout(shard=2, replicate=2).mesh(torch.device("cpu"))
+        parallel.shard_base_(model, [], [], mesh)
+        place = model.weight
+        assert isinstance(place, DTensor)
+        whole = torch.arange(15.0).view(5, 3)
+        held = own_shard(whole, place, torch.float64)
+        assert torch.equal(held.to_local(), whole.double().chunk(2)[rank])
+        assert (held.shape, held.placements) == (place.shape, place.placements)
+    finally:
+        dist.destroy_process_group()

@@ -359,3 +359,20 @@ def test_a_diagnosis_is_that_of_the_hypernetworks_and_changes_nothing() -> None:
 def _copy(layer: torch.nn.Module) -> torch.nn.Module:
     assert isinstance(layer, torch.nn.Linear)
     return torch.nn.Linear(layer.in_features, layer.out_features)
+
+
+def test_a_service_that_refuses_is_one_message_for_people(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Refused(Exception):
+        """As a service's library may have."""
+
+    def service() -> None:
+        raise Refused("no key for the\n  service is set")
+
+    monkeypatch.setattr(f"{LOGGING}.Service", service, raising=False)
+    with pytest.raises(UserError) as caught:
+        Loggers([{"_component_": f"{LOGGING}.Service"}], step=0, warn=print)
+    assert str(caught.value) == (
+        f"metric_logger: {LOGGING}.Service cannot be built: no key for the service is set"
+    )

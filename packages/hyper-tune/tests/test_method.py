@@ -1,5 +1,6 @@
 """The configuration of a method: defaults, PEFT's names, refusals."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +15,19 @@ from hyper_tune.method import METHODS, HypernetworkSettings, PruningSettings
 def test_defaults_fit_every_method(name: str) -> None:
     config = MethodConfig(name, init_rank=6)
     method = METHODS[name]
-    assert config.budget == (3 if method.prunes else 6)
+    assert config.budget == (3 if method.prunes else None)
     assert config.alpha == 6.0
     assert config.orthogonality == (0.1 if method.layer == "svd" else None)
     assert config.hypernetwork == (HypernetworkSettings() if method.generated else None)
     assert config.pruning == (PruningSettings() if method.prunes else None)
     assert config.magnitude == (MagnitudeSettings() if "dora" in name else None)
     assert config.sampling == (SamplingSettings() if "dylora" in name else None)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_configuration_can_be_made_anew_with_one_value_changed(name: str) -> None:
+    config = MethodConfig(name, init_rank=6)
+    assert replace(config, alpha=3.0) == MethodConfig(name, init_rank=6, alpha=3.0)
 
 
 def test_the_methods_are_the_product_of_layers_and_owners() -> None:

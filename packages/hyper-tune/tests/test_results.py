@@ -13,6 +13,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from hyper_tune.comparison import compare_figures
+from hyper_tune.run_record import RunRecord
 from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.settings import RecipeSettings
 
@@ -105,3 +107,34 @@ def test_parameters_are_counted_as_they_are_saved(
         assert figures["trainable_parameters"] == factors
     assert figures["initial_rank"] == RANK
     assert figures["total_ranks"] == 2 * RANK * len(MATRICES)
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_no_run(
+    tmp_path: Path,
+    make_config: Callable[..., Path],
+    run: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rate = {"_component_": "torch.optim.Adam", "lr": 1e30}
+    config = make_config(
+        optimizer=rate,
+        lr_scheduler={
+            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+            "num_warmup_steps": 0,
+        },
+        method={"name": "lora", "init_rank": 4},
+        max_steps=1,
+        validation_fraction=0.2,
+        validate_every_n_steps=1,
+    )
+    run(config)
+    assert rows(tmp_path / "run")[0]["validation_loss"] is None
+    found = summary(tmp_path / "run")
+    assert found["before"]["loss"] > 0
+    assert found["after"]["loss"] is None
+    said = capsys.readouterr().err
+    assert "after: loss not finite" in said
+    assert "warning: the held-out loss did not fall" in said
+    compared = dict(compare_figures([RunRecord.read(tmp_path / "run")]))
+    assert compared["held-out loss, before"] == f"{found['before']['loss']:.4f}"
+    assert "held-out loss, after" not in compared

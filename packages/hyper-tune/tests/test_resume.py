@@ -167,3 +167,20 @@ def test_resuming_without_a_checkpoint_says_that_it_starts_anew(
     assert re.search(
         r"no checkpoint in .*/run/checkpoints; starting at step 0", capsys.readouterr().err
     )
+
+
+def test_another_tokenizer_setting_is_refused_where_tokens_are_not_compared(
+    make_config: Callable[..., Path], run: Callable[..., None], records: Path
+) -> None:
+    pairs = {"_component_": "torchtune.datasets.instruct_dataset", "source": "json"}
+    columns = {"input": "question", "output": "answer"}
+    config = make_config(
+        dataset={**pairs, "data_files": str(records), "split": "train", "column_map": columns},
+        method={"name": "lora", "init_rank": 2},
+        max_steps=3,
+    )
+    run(config)
+    run(config, "resume_from_checkpoint=True")
+    template = "tokenizer.prompt_template=torchtune.data.QuestionAnswerTemplate"
+    with pytest.raises(ValueError, match=r"tokenizer\.prompt_template was None and is now '"):
+        run(config, "resume_from_checkpoint=True", template)

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from hyper_tune import UserError
 from hyper_tune.checkpoint import read_newest, write_checkpoint
 from hyper_tune.torchtune import recipe
+from hyper_tune.torchtune.recipe import FineTuning
+from hyper_tune.torchtune.settings import RecipeSettings
+from hyper_tune.torchtune.trained import open_trained
 
 
 def test_parameters_that_are_not_finite_are_not_saved(
@@ -58,3 +62,22 @@ def test_a_checkpoint_of_another_layout_is_refused(
         f"the checkpoint of step 7 in {folder} is intact, but holds no state of this recipe ("
     )
     assert str(caught.value).endswith("); remove it, or set another output_dir.")
+
+
+def test_a_last_step_that_is_skipped_is_saved_all_the_same(
+    tmp_path: Path, make_config: Callable[..., Path]
+) -> None:
+    config = OmegaConf.load(make_config(max_steps=5))
+    with FineTuning(RecipeSettings.from_config(config)) as training:
+
+        def spoil(_: torch.nn.Module, __: Any, logits: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [part * float("nan") for part in logits] if training.step == 4 else logits
+
+        training.model.register_forward_hook(spoil)
+        training.train()
+        trained = [value.clone() for value in training.method.parameters()]
+    assert read_newest(tmp_path / "run" / "checkpoints")[0] == 5
+    OmegaConf.save(config, tmp_path / "run" / "config.yaml")
+    opened = open_trained(tmp_path / "run").method
+    for value, saved in zip(trained, opened.parameters(), strict=True):
+        assert torch.equal(value, saved)

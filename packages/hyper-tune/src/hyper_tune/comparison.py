@@ -65,7 +65,8 @@ def _last_tenth(values: list[float]) -> float:
 def _evaluated(when: str, key: str) -> Callable[[RunRecord], str]:
     def figure(run: RunRecord) -> str:
         figures = run.summary[when] if run.summary is not None else {}
-        return f"{figures[key]:.4f}" if key in figures else MISSING
+        value = figures.get(key)
+        return MISSING if value is None else f"{value:.4f}"
 
     return figure
 

@@ -93,10 +93,11 @@ class MethodConfig:
     """The method of a run, validated when it is made.
 
     ``init_rank``: components per matrix at the start. ``budget``: average components per matrix at
-    the end (paper, Appendix E: three). ``alpha``: the update is scaled by ``alpha / init_rank``,
-    also after pruning. ``target_modules``: "all-linear", or suffixes or globs of module names.
-    ``orthogonality``: γ of equation 7, averaged over matrices. ``hypernetwork``, ``pruning``,
-    ``magnitude`` and ``sampling``: the sections of the methods that have them.
+    the end (paper, Appendix E: three); None where nothing is pruned. ``alpha``: the update is
+    scaled by ``alpha / init_rank``, also after pruning. ``target_modules``: "all-linear", or
+    suffixes or globs of module names. ``orthogonality``: γ of equation 7, averaged over matrices.
+    ``hypernetwork``, ``pruning``, ``magnitude`` and ``sampling``: the sections of the methods that
+    have them.
 
     Raises:
         UserError: an unknown method, a value out of range, or options that contradict the method.
@@ -125,19 +126,22 @@ class MethodConfig:
         self._require_sections()
         self._refuse_contradictions()
         self._fill_defaults()
-        require_number("method.budget", self.budget, above=0)
-        assert self.budget is not None
-        require(
-            self.budget <= self.init_rank,
-            "method.budget",
-            self.budget,
-            f"must be at most method.init_rank = {self.init_rank}",
-            "lower the budget or raise init_rank",
-        )
+        if self.budget is not None:
+            self._check_budget(self.budget)
         require_number("method.alpha", self.alpha, above=0)
         if self.orthogonality is not None:
             require_number("method.orthogonality", self.orthogonality, least=0)
         self._check_sampling()
+
+    def _check_budget(self, budget: float) -> None:
+        require_number("method.budget", budget, above=0)
+        require(
+            budget <= self.init_rank,
+            "method.budget",
+            budget,
+            f"must be at most method.init_rank = {self.init_rank}",
+            "lower the budget or raise init_rank",
+        )
 
     def _require_names(self, field: str) -> None:
         """Take one name or a list for a tuple, as PEFT does; refuse what is no name."""
@@ -188,7 +192,7 @@ class MethodConfig:
             "sampling": SamplingSettings(),
         }
         own = {name: default for name, default in defaults.items() if name in self.method.settings}
-        common = {"budget": self.init_rank, "alpha": float(self.init_rank)}
+        common = {"alpha": float(self.init_rank)}
         for field, default in (common | own).items():
             if getattr(self, field) is None:
                 object.__setattr__(self, field, default)

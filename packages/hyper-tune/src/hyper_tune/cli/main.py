@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(str(error))
     except typer.TyperException as error:
         return _report(error.format_message())
+    except OSError as error:
+        return _report(f"{error}.")
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:

@@ -24,7 +24,7 @@ from hyper_tune.torchtune.settings import RecipeSettings
 from hyper_tune.torchtune.weights import WeightFiles
 from lowrank_adapters import LowRankLinear, freeze_base_, inside_adapters
 
-_TOKENIZER_FILES = ("path", "merges_file", "special_tokens_path")
+TOKENIZER_FILES = ("path", "merges_file", "special_tokens_path")
 OUTPUT_CHUNKS = 8
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -52,7 +52,7 @@ def check_files(settings: RecipeSettings) -> None:
             f"({len(missing)} of {len(wanted)} files missing).\n{_remedy(settings, folder)}"
         )
     _check_config_file(folder)
-    for key in _TOKENIZER_FILES:
+    for key in TOKENIZER_FILES:
         path = settings.tokenizer.get(key)
         if path is not None and not Path(path).is_file():
             raise UserError(
@@ -114,7 +114,7 @@ def base_digest(settings: RecipeSettings) -> str:
             for place in range(_SAMPLES):
                 file.seek(place * size // _SAMPLES)
                 digest.update(file.read(_SAMPLE_BYTES))
-    for key in _TOKENIZER_FILES:
+    for key in TOKENIZER_FILES:
         if settings.tokenizer.get(key) is not None:
             digest.update(Path(settings.tokenizer[key]).read_bytes())
     return digest.hexdigest()
@@ -166,7 +166,8 @@ def base_layout(settings: RecipeSettings, processes: int | None = None) -> BaseL
     """Return how the base lies over the processes, by default those of this job.
 
     Raises:
-        UserError: the settings ask for another number of processes, or for shards of NF4.
+        UserError: the settings ask for another number of processes, for shards of NF4, or to
+            offload what is not sharded.
     """
     shard, replicate = settings.data_parallel_shard_dim, settings.data_parallel_replicate_dim
     layout = BaseLayout.of(processes or world_size(), shard, replicate)
@@ -175,6 +176,12 @@ def base_layout(settings: RecipeSettings, processes: int | None = None) -> BaseL
             f"quantize_base is set, and the base would be sharded over {layout.shard} processes, "
             "which NF4 weights are not; run one process, set data_parallel_shard_dim=1 and "
             "data_parallel_replicate_dim to their number, or set quantize_base=False."
+        )
+    if settings.fsdp_cpu_offload and layout.shard == 1:
+        raise UserError(
+            "fsdp_cpu_offload is set, and each process would hold the whole base, of which nothing "
+            "is offloaded: only shards are; run more processes, lower data_parallel_replicate_dim, "
+            "or set fsdp_cpu_offload=False."
         )
     return layout
 

@@ -1,5 +1,6 @@
 """Held-out loss and exact match of the model as it stands, the same on any number of ranks."""
 
+import math
 import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,8 +37,12 @@ def _shares(count: int, batch_size: int) -> Iterator[tuple[list[int], bool]]:
 @torch.no_grad()
 def held_out_loss(
     model: nn.Module, samples: Samples, *, batch_size: int, pad_id: int, device: torch.device
-) -> float:
-    """Return the mean cross-entropy per token, in nats, without any penalty."""
+) -> float | None:
+    """Return the mean cross-entropy per token, in nats, without any penalty; None: not finite.
+
+    Raises:
+        UserError: no token of the samples carries loss.
+    """
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
@@ -49,7 +54,12 @@ def held_out_loss(
             totals += torch.stack([loss.double(), batch.label_count().double()])
     model.train(was_training)
     loss_sum, count = sum_over_ranks_(totals).tolist()
-    return float(loss_sum / count)
+    if not count:
+        raise UserError(
+            f"no token of the {len(samples)} held-out samples carries loss, so that there is "
+            "nothing to measure; raise tokenizer.max_seq_len, or hold out others."
+        )
+    return loss_sum / count if math.isfinite(loss_sum) else None
 
 
 class Questions:

@@ -83,9 +83,12 @@ def _made(section: Component) -> Any:
         )
     try:
         return build("metric_logger", section)
-    except ImportError as error:
-        name = section["_component_"]
-        raise UserError(f"metric_logger: {name} cannot be built: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        # Services refuse by errors of their own libraries.
+        name, reason = section["_component_"], " ".join(str(error).split())
+        raise UserError(f"metric_logger: {name} cannot be built: {reason}") from error
 
 
 def _is_needed(parameter: inspect.Parameter | None) -> bool:

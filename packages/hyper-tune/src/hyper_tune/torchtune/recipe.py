@@ -57,7 +57,7 @@ class FineTuning:
         self.settings = settings
         self.folder = RunFolder(settings.output_dir)
         self.step = self.total_steps = 0
-        self.before: dict[str, float] = {}
+        self.before: dict[str, float | None] = {}
         self._skipped = 0
         self._saved_step = 0
         self._peers = Peers()
@@ -196,7 +196,9 @@ class FineTuning:
         if parallel.rank() == 0:
             self.folder.metrics.append(row)
         self._count_skipped(report)
-        if report.finite and (report.stop_requested or self._save_is_due()):
+        # A skipped step waits for the next one, which tells whether the run can go on.
+        settled = report.finite or self.step == self.total_steps
+        if settled and (report.stop_requested or self._save_is_due()):
             self._save()
             self._stop_if(report.stop_requested)
         return row
@@ -267,10 +269,10 @@ class FineTuning:
         )
         self._saved_step = self.step
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float | None]:
         """Return held-out loss and exact match, as far as the settings name data for them."""
         self.method.write_factors_()
-        figures = {}
+        figures: dict[str, float | None] = {}
         if self.data.held_out is not None:
             figures["loss"] = self._held_out_loss(self.data.held_out)
         if self.questions is not None:
@@ -279,7 +281,7 @@ class FineTuning:
             )
         return figures
 
-    def _held_out_loss(self, data: Samples) -> float:
+    def _held_out_loss(self, data: Samples) -> float | None:
         return held_out_loss(
             self.model,
             data,

@@ -58,7 +58,11 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
             # It makes one of the layers' masks.
             SampledRanks(layers, settings.method.sampling, settings.method.init_rank, seed=0)
     alone = replace(
-        settings, compile=False, data_parallel_shard_dim=-1, data_parallel_replicate_dim=1
+        settings,
+        compile=False,
+        fsdp_cpu_offload=False,
+        data_parallel_shard_dim=-1,
+        data_parallel_replicate_dim=1,
     )
     prepare_(model, alone, [], META)
     _make_runnable_(model)

@@ -49,7 +49,7 @@ def progress_text(row: Mapping[str, Any], total_ranks: int) -> str:
     return f"loss {loss}, ranks {ranks}, {row['tokens_per_second']:.0f} tokens/s"
 
 
-def write_results(run: "FineTuning", after: Mapping[str, float]) -> None:
+def write_results(run: "FineTuning", after: Mapping[str, float | None]) -> None:
     """Write the adapter and ``summary.json`` into the run's folder, and say where."""
     method, settings = run.method, run.settings
     adapter = export_adapter(method, run.model, settings, run.folder.path / "adapter")
@@ -72,13 +72,21 @@ def write_results(run: "FineTuning", after: Mapping[str, float]) -> None:
     run.folder.write_json("summary.json", summary)
     say(f"adapter: {adapter}")
     for name, figures in (("before", run.before), ("after", after)):
-        text = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
+        text = ", ".join(f"{key} {_shown(value)}" for key, value in figures.items())
         say(f"{name}: {text or 'nothing to evaluate on'}")
-    if run.before.keys() & after.keys() & {"loss"} and after["loss"] >= run.before["loss"]:
+    if "loss" in after and not _is_below(after["loss"], run.before.get("loss")):
         say(
             "warning: the held-out loss did not fall; look at metrics.jsonl, and choose "
             "optimizer.lr and the number of steps anew."
         )
+
+
+def _shown(figure: float | None) -> str:
+    return "not finite" if figure is None else f"{figure:.4f}"
+
+
+def _is_below(after: float | None, before: float | None) -> bool:
+    return after is not None and (before is None or after < before)
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

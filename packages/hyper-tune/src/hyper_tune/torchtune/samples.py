@@ -11,6 +11,7 @@ from torchtune.datasets import PackedDataset
 from hyper_tune.checks import require
 from hyper_tune.errors import UserError
 from hyper_tune.sampling import derive_seed, sample_at
+from hyper_tune.torchtune.base_model import TOKENIZER_FILES
 from hyper_tune.torchtune.batches import Sample
 from hyper_tune.torchtune.data import FileDataset, refuse_unknown_token
 from hyper_tune.torchtune.loading import build_dataset, columns_of
@@ -125,6 +126,7 @@ def open_training_data(
     model = {"limit": limit, "vocabulary": vocabulary}
     section, seed, shuffle = settings.dataset, settings.seed, settings.shuffle
     built = _build("dataset", section, tokenizer)
+    content: Any = {**section, "tokenizer": _without_files(settings.tokenizer)}
     held_out = None
     if settings.dataset_val is not None:
         held_out = _held_out(settings.dataset_val, tokenizer, **model)
@@ -135,8 +137,7 @@ def open_training_data(
                 "give dataset_val the same stream with take=N, and dataset skip=N."
             )
         stream = StreamOrder(built, seed, shuffle=shuffle, **model)
-        return TrainingData(stream, None, held_out, _content(section, tokenizer))
-    content: Any = _content(section, tokenizer)
+        return TrainingData(stream, None, held_out, content)
     if isinstance(built, FileDataset):
         digest = built.digest()
         content = {**content, "path": digest} if section.get("packed") else digest
@@ -146,8 +147,9 @@ def open_training_data(
     return TrainingData(Permuted(samples, seed, shuffle), len(samples), held_out, content)
 
 
-def _content(section: Component, tokenizer: Any) -> dict[str, Any]:
-    return {**section, "max_seq_len": tokenizer.max_seq_len}
+def _without_files(tokenizer: Component) -> dict[str, Any]:
+    """Return what is set of a tokenizer, whose files may lie elsewhere: they are in the base."""
+    return {key: value for key, value in tokenizer.items() if key not in TOKENIZER_FILES}
 
 
 def _held_out(section: Component, tokenizer: Any, *, limit: int, vocabulary: int) -> Samples:
