@@ -104,7 +104,8 @@ def main(folder: Path) -> None:
         assert adapted.optimizer is not None
         tensors, _ = flatten(adapted.method.state_dict(adapted.optimizer.inner))
         name = f"{kind}-{parallel.rank()}-of-{parallel.world_size()}.safetensors"
-        save_file({key: value.clone() for key, value in tensors.items()}, folder / name)
+        apart = {key: value.clone().contiguous() for key, value in tensors.items()}
+        save_file(apart, folder / name)
     del adapted
     parallel.stop()
 
