@@ -196,6 +196,14 @@ def test_a_schedule_that_prunes_nothing_is_refused_before_the_first_step(
         hf.train(tmp_path, max_steps=2)
 
 
+def test_a_schedule_for_another_number_of_steps_is_refused_before_the_first_one(
+    hf: SimpleNamespace, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"total_steps=100, but Trainer takes 8 steps, .* leave"):
+        hf.train(tmp_path, total_steps=100)
+    assert hf.train(tmp_path, total_steps=8).adapted.method.live_ranks == 20
+
+
 class Forgetful(TrainerCallback):
     """Someone's code that takes the place of the allocator's step."""
 
