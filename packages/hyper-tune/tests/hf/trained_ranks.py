@@ -53,6 +53,8 @@ def rows() -> list[dict[str, Any]]:
 
 def by_trainer(folder: Path) -> AdaptedModel:
     """Train by Trainer, in DistributedDataParallel where there are several ranks."""
+    adapted = build(1 + int(os.environ.get("RANK", "0")))  # before there is a job to agree in
+    assert parallel.world_size() == 1
     arguments = TrainingArguments(
         str(folder / "run"),
         max_steps=STEPS,
@@ -65,7 +67,6 @@ def by_trainer(folder: Path) -> AdaptedModel:
         disable_tqdm=True,
     )
     assert arguments.device.type == "cpu"  # joins the job
-    adapted = build(1 + parallel.rank())
     optimizers = adapted.optimizers(lr=1e-2, optimizer=torch.optim.SGD)
     callbacks = [adapted.callback()]
     Trainer(
