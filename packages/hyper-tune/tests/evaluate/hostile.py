@@ -166,6 +166,10 @@ ATTEMPTS = {
         "def attempt():\n  os.killpg(0, signal.SIGKILL)\n  time.sleep(0.5)\n  raise KeyError",
         "KeyError",
     ),
+    "the machine's name": (
+        "import os\ndef attempt():\n  if os.uname().nodename == 'sandbox': raise KeyError",
+        "KeyError",
+    ),
     "being root": ("import os\ndef attempt(): os.setuid(0)", "OSError"),
     "more of what is limited": (
         "import resource as r\ndef attempt(): r.setrlimit(r.RLIMIT_CPU, (99, 99))",
@@ -181,6 +185,13 @@ CALLS = {
     "a file system": "libc.mount(b'none', b'/', b'tmpfs', 0, None)",
     "another root": "libc.chroot(b'/usr')",
     "tracing": "libc.ptrace(0, 0, 0, 0)",
+    "not to end with its parent": "libc.prctl(1, 0, 0, 0, 0)",
+    "the kernel's messages": "libc.klogctl(3, ctypes.create_string_buffer(64), 64)",
+    "watches of files": "libc.inotify_init1(0)",
+    "memory of the kernel's for later reads": (
+        "libc.syscall({'x86_64': 206, 'aarch64': 0}[os.uname().machine], 1,"
+        " ctypes.byref(ctypes.c_ulong()))"
+    ),
 }
 
 # What would go on for ever; the last is for what the limit of time is told by.
@@ -201,6 +212,11 @@ ENDLESS = {
     "sleep": ("import time\ndef f(n): time.sleep(1000)", "seconds"),
     "a stopped process": (
         "import os, time\ndef f(n):\n    os.kill(os.getpid(), 19)\n    time.sleep(1000)",
+        "seconds",
+    ),
+    "sleep that does not end with its parent": (
+        "import ctypes, time\n"
+        "def f(n):\n    ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n    time.sleep(1000)",
         "seconds",
     ),
     "output": ("def f(n):\n    while True: print('a' * 65536)", "SIGKILL"),

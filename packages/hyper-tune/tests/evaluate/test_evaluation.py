@@ -13,7 +13,7 @@ from torch import Tensor
 from hyper_tune.errors import UserError
 from hyper_tune.evaluate.evaluation import Extent, evaluate
 from hyper_tune.evaluate.generation import Decoding
-from hyper_tune.evaluate.sandbox import Sandbox, Verdict
+from hyper_tune.evaluate.sandbox import Limits, Sandbox, Verdict
 from hyper_tune.evaluate.tasks import Gsm8kTask, HumanEvalTask, TextTask
 from hyper_tune.evaluate.text import text_metrics
 from hyper_tune.records import Turn
@@ -245,6 +245,25 @@ def test_humaneval_means_pass_at_k_over_problems(tmp_path: Path, chat: bool) -> 
     ]
     scores = {(row["row"], row["sample"]): row["reason"] for row in lines(folder / "scores.jsonl")}
     assert scores == {(r, s): "wrong" if r == 1 else "" for r in range(3) for s in range(2)}
+
+
+def test_programs_are_run_again_under_other_limits_and_answers_are_kept(tmp_path: Path) -> None:
+    judged = []
+
+    class Counting(Believer):
+        def judge(self, program: str, tests: str, entry_point: str, context: str = "") -> Verdict:
+            judged.append(self.limits.cpu_seconds)
+            return Verdict(self.limits.cpu_seconds > 1)
+
+    def figure(seconds: int) -> float:
+        task = HumanEvalTask(PROBLEMS, Counting(Limits(cpu_seconds=seconds)))
+        return evaluate(parrot, task, tmp_path / "out", decoding=GREEDY)[0].value
+
+    task = HumanEvalTask(PROBLEMS, Believer())
+    parrot = Parrot({task.turns(row, chat=True)[0].content: "  right" for row in range(3)})
+    assert [figure(seconds) for seconds in (1, 2, 2, 1)] == [0.0, 100.0, 100.0, 0.0]
+    assert judged == [1, 1, 1, 2, 2, 2, 1, 1, 1]
+    assert parrot.loaded == 1
 
 
 def test_a_mistake_in_scoring_ends_it_and_keeps_what_was_scored(

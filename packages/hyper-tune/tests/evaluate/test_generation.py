@@ -218,6 +218,10 @@ def test_what_is_no_model_is_named(
     folder = with_tokenizer(tmp_path_factory, Path(llama["checkpointer"]["checkpoint_dir"]))
     first = FolderModel(folder).identity
     assert FolderModel(folder).identity == first
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert FolderModel(folder).identity != first
+    (folder / "chat_template.jinja").unlink()
+    assert FolderModel(folder).identity == first
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

@@ -52,9 +52,23 @@ def machine_has_namespaces() -> bool:
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """No process that a test started is there when it ends."""
+    """No process that a test started is there when it ends, whoever its parent is by then."""
+    before = in_a_sandbox()
     yield
     assert psutil.Process().children(recursive=True) == []
+    _, alive = psutil.wait_procs(in_a_sandbox() - before, timeout=20)
+    for process in alive:
+        process.kill()
+    assert alive == []
+
+
+def in_a_sandbox() -> set[psutil.Process]:
+    """All processes of this machine that were started for a sandbox of this package."""
+    return {
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if (process.info["cmdline"] or [""])[-1] == str(module._PACKAGE)
+    }
 
 
 def test_a_right_answer_passes_and_a_wrong_one_does_not(sandbox: Sandbox) -> None:
@@ -128,7 +142,7 @@ def test_every_attempt_fails_by_the_sandbox(
 @pytest.mark.parametrize("name", CALLS)
 def test_every_refused_call_fails_with_eperm(sandbox: Sandbox, name: str) -> None:
     program = (
-        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         f"def f(): return [{CALLS[name]}, ctypes.get_errno()]\n"
     )
     verdict = sandbox.judge(program, "def check(f):\n    assert f() == [-1, 1], f()\n", "f")
@@ -276,6 +290,7 @@ DEFECTS = {
     "no namespaces": ("linux", "unshare", "lambda flags: check(-1, 'unshare')", "unshare"),
     "the old root": ("linux", "make_root", "lambda folder: None", "can be seen"),
     "no filter": ("isolation", "refuse_calls", "lambda: None", "it can start a process"),
+    "an end that can be put off": ("seccomp", "_DEATH_SIGNAL", "99", "it can outlive its parent"),
     "the machine is not known": (
         *("seccomp", "platform", "type('p', (), {'machine': staticmethod(lambda: 'vax')})"),
         "calls of vax are not known",

@@ -101,6 +101,7 @@ def train(
     trainer: dict[str, Any] | None = None,
     optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
     method: dict[str, Any] | None = None,
+    total_steps: int | None = None,
     **options: Any,
 ) -> SimpleNamespace:
     """Train a classifier by Trainer as a user would."""
@@ -108,7 +109,8 @@ def train(
     batches = Batches()
     batches.watch(model)
     torch.manual_seed(1)
-    adapted = adapt(model, configure(name, **(method or {})), dtype=dtype)
+    config = configure(name, **(method or {}))
+    adapted = adapt(model, config, total_steps=total_steps, dtype=dtype)
     run = Trainer(
         model,
         arguments(folder, **options),

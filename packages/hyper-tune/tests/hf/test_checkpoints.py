@@ -144,6 +144,7 @@ def test_packed_state_comes_back(hf: SimpleNamespace, tmp_path: Path, name: str)
         return adapt(hf.classifier(), hf.configure(name), total_steps=8, dtype=torch.float64)
 
     first, second = build(1), build(2)
+    first.steps, first.skipped = 3, 2
     first.save(tmp_path)
     second.load(tmp_path)
     left, right = pack(first.state_dict()), pack(second.state_dict())

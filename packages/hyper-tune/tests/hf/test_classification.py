@@ -47,6 +47,15 @@ def test_csv_json_lines_and_parquet_hold_the_same(tmp_path: Path) -> None:
         assert (train.names, train.labels) == (("0", "1"), [1, 0])
 
 
+def test_numbers_are_labels_in_their_order(tmp_path: Path) -> None:
+    labels = ["10", "2", "-1", "word", "0"]
+    lines = "".join(f"{number}\ta\tb\t{label}\n" for number, label in enumerate(labels))
+    path = tsv(tmp_path, "index\tsentence1\tsentence2\tlabel\n" + lines)
+    train, _ = load_classification(pairs(path))
+    assert train.names == ("-1", "0", "2", "10", "word")
+    assert [train.names[number] for number in train.labels] == labels
+
+
 def test_folder_has_a_file_for_each_label_and_a_split_of_its_own(tmp_path: Path) -> None:
     for label in ("neg", "pos"):
         lines = [f"{label} {number} ñ" for number in range(10)]
@@ -181,6 +190,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
         ({"glue": "rt"}, "did you mean 'rte'?"),
         ({"train": "x.tsv"}, "data.text is [], but must be one or two columns; name them."),
         ({"train": "x.tsv", "text": ["a", "b", "c"]}, "must be one or two columns"),
+        ({"train": "x.tsv", "text": "a", "labels": ["a", 1, "1"]}, "must be names that differ"),
         ({"train": "x", "text": "a", "encoding": "klingon"}, "data.encoding is 'klingon': unknown"),
         ({"train": "x", "text": "a", "validation_fraction": 1.0}, "must be a number above 0 and"),
     ):
@@ -190,7 +200,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 @pytest.mark.parametrize("task", GLUE)
 def test_glue_is_read_from_the_hub(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["no", "yes"]
+    names = ["yes", "no"]  # GLUE's own order, not the alphabet's: F1 is of the second
     features = {column: datasets.Value("string") for column in GLUE[task]}
     features["label"] = datasets.ClassLabel(names=names)
 
@@ -212,7 +222,9 @@ def test_glue_is_read_from_the_hub(task: str, monkeypatch: pytest.MonkeyPatch) -
     assert asked == [("nyu-mll/glue", task)]
     assert train.texts[0] == tuple(f"a {column}" for column in GLUE[task])
     assert validation.texts[0] == tuple(f"b {column}" for column in GLUE[task])
-    assert (train.names, train.labels) == (("no", "yes"), [1, 0])
+    assert (train.names, train.labels) == (("yes", "no"), [1, 0])
+    chosen, _ = load_classification(ClassificationData(glue=task, labels=["no", "yes"]))
+    assert (chosen.names, chosen.labels) == (("no", "yes"), [0, 1])
 
 
 def test_hub_that_cannot_be_reached_is_answered_with_what_to_download(

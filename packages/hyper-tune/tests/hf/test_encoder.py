@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
@@ -33,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizer(str(folder / "vocab.txt"), model_max_length=128).save_pretrained(folder)
     size = BertConfig(
         vocab_size=len(words),
         hidden_size=16,
@@ -157,6 +158,7 @@ REFUSED = {
         {"early_stopping_patience": 1, "evaluate_every_n_steps": 0},
         "evaluate_every_n_steps is 0, so that there is no best checkpoint; set it, or leave",
     ),
+    "length": ({"max_length": 129}, "reads 128 tokens; lower it."),
     "no folder": (
         {"model": "no-such/encoder"},
         "model 'no-such/encoder' cannot be had (",
@@ -172,7 +174,7 @@ def test_mistake_is_named_before_a_model_loads(
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", never)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     options, message = REFUSED[kind]
     with pytest.raises(UserError, match=re.escape(message)):
         fine_tune_encoder(settings(tmp_path / "run", model, data, **options))

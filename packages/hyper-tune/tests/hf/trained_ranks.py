@@ -53,6 +53,8 @@ def rows() -> list[dict[str, Any]]:
 
 def by_trainer(folder: Path) -> AdaptedModel:
     """Train by Trainer, in DistributedDataParallel where there are several ranks."""
+    adapted = build(1 + int(os.environ.get("RANK", "0")))  # before there is a job to agree in
+    assert parallel.world_size() == 1
     arguments = TrainingArguments(
         str(folder / "run"),
         max_steps=STEPS,
@@ -65,7 +67,6 @@ def by_trainer(folder: Path) -> AdaptedModel:
         disable_tqdm=True,
     )
     assert arguments.device.type == "cpu"  # joins the job
-    adapted = build(1 + parallel.rank())
     optimizers = adapted.optimizers(lr=1e-2, optimizer=torch.optim.SGD)
     callbacks = [adapted.callback()]
     Trainer(
@@ -104,7 +105,8 @@ def main(folder: Path) -> None:
         assert adapted.optimizer is not None
         tensors, _ = flatten(adapted.method.state_dict(adapted.optimizer.inner))
         name = f"{kind}-{parallel.rank()}-of-{parallel.world_size()}.safetensors"
-        save_file({key: value.clone() for key, value in tensors.items()}, folder / name)
+        apart = {key: value.clone().contiguous() for key, value in tensors.items()}
+        save_file(apart, folder / name)
     del adapted
     parallel.stop()
 

@@ -55,8 +55,9 @@ def evaluate(
     """Answer, score, and write ``answers.jsonl``, ``scores.jsonl`` and ``results.json``.
 
     What is in ``folder`` of the same model, data and decoding is kept, so that a command that was
-    stopped goes on; more samples and rows may be asked for. The model's weights are loaded only if
-    an answer is missing. ``jobs``: answers that are scored at a time.
+    stopped goes on; more samples and rows may be asked for. Scores under other limits are not. The
+    model's weights are loaded only if an answer is missing. ``jobs``: answers that are scored at a
+    time.
 
     Raises:
         UserError: the folder is of another evaluation, samples are all the same, or a prompt is
@@ -97,11 +98,12 @@ def evaluate(
 
 
 def _settings(model: LanguageModel, task: Task, decoding: Decoding) -> dict[str, Any]:
-    """Return all that an answer depends on."""
+    """Return all that an answer depends on, and its score besides."""
     return {
         **{"model": model.name, "identity": model.identity, "chat": model.chat},
         **{"task": task.name, "data": str(task.data), "sha256": digest(task.data)},
         **asdict(decoding),
+        "scoring": dict(task.scoring),
     }
 
 
@@ -117,11 +119,14 @@ def _open(folder: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"{path} is not JSON: {error}; give another --output.") from error
     for key, value in settings.items():
         # Model and data are known by what is in them, wherever they lie.
-        if key not in ("model", "data") and there.get(key) != value:
+        if key not in ("model", "data", "scoring") and there.get(key) != value:
             raise UserError(
                 f"{folder} holds answers of {key} = {there.get(key)!r}, but this is "
                 f"{value!r}; give another --output, or remove it."
             )
+    if there.get("scoring") != settings["scoring"]:
+        (folder / "scores.jsonl").unlink(missing_ok=True)
+        write_text(path, json.dumps({**there, "scoring": settings["scoring"]}, indent=1) + "\n")
 
 
 class _Rows:

@@ -11,6 +11,14 @@ _NUMBER = re.compile(
     rf"(?:\\d?frac{{(?P<over>\d+)}}{{(?P<under>\d+)}}"
     rf"|(?P<whole>{_DIGITS})?(?P<decimals>\.\d+)?(?:\s?/\s?(?P<denominator>\d+)(?![\d/]))?)"
 )
+# A sum up to its last equals sign: no sentence ends in it, and no bracket opens but in a product.
+_SUM = re.compile(
+    r"(?:(?:[^=\n.,;:?!(]|[.,](?=\d)|(?<=[-−+*/×÷]\s)\(|(?<=[-−+*/×÷])\()*=)+"  # noqa: RUF001
+)
+_OPERATION = re.compile(
+    r"(?:[-−+*/×÷]|\bx\b|\\times|\\cdot|\\div)[\s(]*\\?[$€£]?\s*\d"  # noqa: RUF001
+)
+_MOST_CHARACTERS = 1000  # of a number; Python refuses to read very long ones
 _MARKED = re.compile(r"####\s*([^\n]*)")
 _BOXED = re.compile(r"\\boxed\s*{((?:[^{}]|{[^{}]*})*)}")
 _SAID = re.compile(r"answer(?:\s+is|\s*[:=])(?=([^\n]*))", re.IGNORECASE)
@@ -20,38 +28,51 @@ def final_number(text: str) -> Fraction | None:
     r"""Return the number that an answer ends in, exactly; None if it has none.
 
     The first of these that has a number: what follows the first ``####``; the last ``\boxed{…}``;
-    what follows the last "answer is" or "answer:" on its line; the last number of the text. Commas
-    between thousands, signs of currency, units and a full stop are passed over; fractions and
-    decimals are read.
+    what follows the last "answer is" or "answer:" on its line; the last number of the text. Where
+    a sum follows, it is its result. Commas between thousands, signs of currency, units and a full
+    stop are passed over; fractions and decimals are read.
 
     >>> final_number("She has 3 + 4 = 7 eggs.\n#### 7")
     Fraction(7, 1)
     >>> final_number("The answer is $1,234.50.")
     Fraction(2469, 2)
+    >>> final_number("Answer: 3 + 4 = 7 eggs, of 12")
+    Fraction(7, 1)
     """
     text = text.replace("{,}", ",").replace(r"\!", "")  # commas, and no space, in LaTeX
     marked = _MARKED.search(text)
-    if marked and (numbers := _numbers(marked[1])):
-        return numbers[0]
+    if marked and (number := _stated(marked[1])) is not None:
+        return number
     for pattern in (_BOXED, _SAID):
         places = pattern.findall(text)
-        if places and (numbers := _numbers(places[-1])):
-            return numbers[0]
+        if places and (number := _stated(places[-1])) is not None:
+            return number
+    return next(reversed(_numbers(text).values()), None)
+
+
+def _stated(text: str) -> Fraction | None:
+    """Return the first number of a text, or the result of the sum that begins with it."""
     numbers = _numbers(text)
-    return numbers[-1] if numbers else None
+    if not numbers:
+        return None
+    first = next(iter(numbers))
+    working = _SUM.match(text, first)
+    if working and _OPERATION.search(working[0]):
+        result = _numbers(text[working.end() :])
+        numbers = result or numbers
+    return next(iter(numbers.values()))
 
 
-def _numbers(text: str) -> list[Fraction]:
-    found = []
-    for match in _NUMBER.finditer(text):
-        value = _value(match)
-        if value is not None:
-            found.append(value)
-    return found
+def _numbers(text: str) -> dict[int, Fraction]:
+    """Return the numbers of a text by where they begin."""
+    found = {match.start(): _value(match) for match in _NUMBER.finditer(text)}
+    return {place: value for place, value in found.items() if value is not None}
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
     part = match.groupdict()
+    if len(match[0]) > _MOST_CHARACTERS:
+        return None
     if part["over"] is not None:
         above, below = Fraction(part["over"]), int(part["under"])
     elif part["whole"] is None and part["decimals"] is None:

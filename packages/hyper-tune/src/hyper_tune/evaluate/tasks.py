@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -27,10 +27,14 @@ class Scored:
 
 
 class Task(Protocol):
-    """Rows of a file. ``name`` and ``data`` are for the record."""
+    """Rows of a file. ``name`` and ``data`` are for the record.
+
+    ``scoring``: what a score depends on besides the answer and the data, as plain data.
+    """
 
     name: str
     data: Path
+    scoring: Mapping[str, Any]
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -53,6 +57,7 @@ class _Conversations:
 
     def __init__(self, data: Path) -> None:
         self.data = data
+        self.scoring: Mapping[str, Any] = {}
         self._rows = read_records(data)
 
     def __len__(self) -> int:
@@ -150,6 +155,7 @@ class HumanEvalTask:
 
     def __init__(self, data: Path, sandbox: Sandbox) -> None:
         self.data = data
+        self.scoring: Mapping[str, Any] = asdict(sandbox.limits)
         self._problems = read_problems(data)
         self._sandbox = sandbox
 

@@ -62,6 +62,12 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]
                 f"the checkpoint is of a run of {adapted.total_steps} steps, and this one has "
                 f"{state.max_steps}; its pruning would be another. Train for as many steps."
             )
+        if not done and adapted.total_steps not in (None, state.max_steps):
+            raise UserError(
+                f"adapt was given total_steps={adapted.total_steps}, but Trainer takes "
+                f"{state.max_steps} steps, for which the pruning would be another; leave "
+                "total_steps out."
+            )
         adapted.plan_(state.max_steps)
         adapted.method.broadcast_()
         adapted.reduced = world_size() > 1

@@ -43,7 +43,7 @@ class ClassificationData:
     ``glue``: a task of GLUE, from the hub; then nothing else is given. ``train``, ``validation``: a
     file (.tsv, .csv, .jsonl, .parquet), or a folder that has one file of lines for each label,
     named by it. ``text``: one or two columns. ``label``: the column of labels. ``labels``: their
-    names in the order of their numbers; None takes those of the training rows, sorted.
+    names in the order of their numbers; None takes GLUE's, or those of the training rows, sorted.
     ``encoding``: of text files. ``validation_fraction``: where ``validation`` is None, the share of
     the training rows that is held out, chosen by ``split_seed`` alone.
 
@@ -75,6 +75,9 @@ class ClassificationData:
         if self.glue is not None or Path(self.train or "").suffix in _READERS:
             fits = len(self.text) in (1, 2)
             require(fits, "data.text", list(self.text), "must be one or two columns", "name them")
+        names = [str(name) for name in self.labels or ()]
+        rule = "must be names that differ"
+        require(len(set(names)) == len(names), "data.labels", names, rule, "correct them")
         try:
             codecs.lookup(self.encoding)
         except LookupError as error:
@@ -90,22 +93,26 @@ def load_classification(data: ClassificationData) -> tuple[LabelledTexts, Labell
         UserError: a file, column, text or label that cannot be used, with file and line.
     """
     if data.glue is not None:
-        train, held_out = (
-            [Row(texts, label, where) for texts, label, where in part]
-            for part in load_glue(data.glue)
-        )
-        return _numbered(train, data, None), _numbered(held_out, data, train)
-    assert data.train is not None
-    train = _read(Path(data.train), data)
-    if data.validation is None:
-        train, held_out = _split(train, data)
+        *parts, names = load_glue(data.glue)
+        train, held_out = ([Row(*row) for row in part] for part in parts)
     else:
-        held_out = _read(Path(data.validation), data)
-    return _numbered(train, data, None), _numbered(held_out, data, train)
+        assert data.train is not None
+        train = _read(Path(data.train), data)
+        if data.validation is None:
+            train, held_out = _split(train, data)
+        else:
+            held_out = _read(Path(data.validation), data)
+        names = tuple(sorted({row.label for row in train}, key=_place))
+    names = tuple(data.labels or names)
+    return _numbered(train, names), _numbered(held_out, names)
 
 
-def _numbered(rows: list[Row], data: ClassificationData, known: list[Row] | None) -> LabelledTexts:
-    names = tuple(data.labels or sorted({row.label for row in known or rows}))
+def _place(label: str) -> tuple[float, str]:
+    """Sort whole numbers by their value, and before words."""
+    return (float(label) if label.removeprefix("-").isdecimal() else float("inf"), label)
+
+
+def _numbered(rows: list[Row], names: tuple[str, ...]) -> LabelledTexts:
     if len(names) < 2:
         raise UserError(
             f"data has the one label {names[0]!r}, in {rows[0].where} and all other rows; a "

@@ -48,7 +48,7 @@ def fine_tune_encoder(config: DictConfig) -> dict[str, Any]:
     parallel.usable_device(settings.device)
     train, held_out = load_classification(settings.data)
     check_scores(settings.metrics, train.names)
-    tokenizer = _tokenizer(settings.model)
+    tokenizer = _tokenizer(settings)
     arguments = _arguments(settings)
     folder = RunFolder(settings.output_dir)
     first = parallel.rank() == 0
@@ -94,10 +94,17 @@ def _from_hub(name: str) -> Iterator[None]:
         ) from error
 
 
-def _tokenizer(name: str) -> Any:
+def _tokenizer(settings: EncoderSettings) -> Any:
+    name = settings.model
     with _from_hub(name):
         AutoConfig.from_pretrained(name)
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if settings.max_length > tokenizer.model_max_length:
+        raise UserError(
+            f"max_length is {settings.max_length}, but {name} reads "
+            f"{tokenizer.model_max_length} tokens; lower it."
+        )
+    return tokenizer
 
 
 def _model(name: str, labels: tuple[str, ...]) -> Any:

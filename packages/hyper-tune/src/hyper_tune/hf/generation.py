@@ -96,10 +96,11 @@ class FolderModel:
 
 
 def _identity(folder: Path) -> str:
-    """Return a digest of the configuration and of the weights."""
-    found = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        found.update(digest(path).encode())
+    """Return a digest of the weights, the tokenizer, its chat template, and the settings."""
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".jinja", ".model", ".safetensors", ".txt"):
+            found.update(f"{path.name} {digest(path)} ".encode())
     return found.hexdigest()
 
 

@@ -19,8 +19,9 @@ REPOSITORY = "nyu-mll/glue"
 Texts = tuple[tuple[str, ...], str, str]
 
 
-def load_glue(task: str) -> tuple[list[Texts], list[Texts]]:
-    """Return texts, label and place of each row of a task's train and validation splits.
+def load_glue(task: str) -> tuple[list[Texts], list[Texts], tuple[str, ...]]:
+    """Return texts, label and place of each row of a task's train and validation splits, and the
+    names of the labels in GLUE's order, in which 1 is what F1 counts.
 
     Raises:
         UserError: the hub cannot be reached; what to download and where to put it.
@@ -49,4 +50,4 @@ def load_glue(task: str) -> tuple[list[Texts], list[Texts]]:
         ]
         for split in ("train", held_out)
     )
-    return train, validation
+    return train, validation, tuple(splits["train"].features["label"].names)

@@ -28,6 +28,7 @@ def enter(folder: str, limits: Mapping[str, int], parent: int) -> None:
         OSError: the kernel or the machine's settings do not allow it.
     """
     user, group = _leave_namespaces()
+    socket.sethostname("sandbox")
     _build_root(folder, user, group, limits["files_mib"])
     if user != os.geteuid():
         os.setgroups([])
@@ -121,6 +122,7 @@ def _refuse_if_open() -> None:
         ("open a socket", socket.socket),
         ("leave its namespaces", lambda: linux.unshare(linux.NEW_USER)),
         ("be root", lambda: os.setuid(0)),
+        ("outlive its parent", linux.die_with_parent),
     ):
         try:
             attempt()
