@@ -144,7 +144,7 @@ def test_best_checkpoint_and_early_stopping(tmp_path: Path, model: Path, data: P
 
 REFUSED = {
     "unknown key": ({"epoch": 3}, "configuration has no key 'epoch'; did you mean 'epochs'?"),
-    "missing key": ({"lr": None}, "configuration: the key 'lr' is missing; add it."),
+    "missing key": ({"lr": None}, "configuration: the key 'lr' is missing; add it to the file."),
     "unknown data": ({"data": {"path": "x"}}, "data has no key 'path'"),
     "no section": ({"data": "rte"}, "configuration: data must be a section of keys."),
     "metric": ({"metrics": ["bleu"]}, "metrics is 'bleu', but must be one of accuracy, f1, matth"),

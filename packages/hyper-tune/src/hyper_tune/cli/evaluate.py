@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hyper_tune.cli.options import Base, Device, Seed, Step, Temperature
 from hyper_tune.cli.table import print_table
 from hyper_tune.errors import UserError
 from hyper_tune.evaluate.evaluation import Extent
@@ -40,20 +41,12 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 512,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token each time.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws, where the temperature is not 0.")] = 0,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are read at a time.")] = 8,
-    step: Annotated[
-        int | None, typer.Option(help="Of this step's checkpoint, not the newest.")
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="Where the base model is now, if it was moved.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; that of the run without it.")
-    ] = None,
+    step: Step = None,
+    base: Base = None,
+    device: Device = None,
     execute_generated_code: Annotated[
         bool,
         typer.Option(

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from hyper_tune.cli.options import Base, Step
 from hyper_tune.durable import write_text
 from hyper_tune.errors import UserError
 from hyper_tune.model_card import CARD, model_card
@@ -35,12 +36,8 @@ def export(
         Format,
         typer.Option("--format", help="peft: plain LoRA; merged: the whole Hugging Face model."),
     ] = Format.PEFT,
-    step: Annotated[
-        int | None, typer.Option(help="Of this step's checkpoint, not the newest.")
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="Where the base model is now, if it was moved.")
-    ] = None,
+    step: Step = None,
+    base: Base = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of a merged model; each weight keeps its own without it.")
     ] = None,

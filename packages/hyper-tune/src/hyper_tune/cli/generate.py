@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from hyper_tune.cli.options import Base, Device, Seed, Step, Temperature
 from hyper_tune.errors import UserError
 
 
@@ -19,19 +20,11 @@ def generate(
         int | None,
         typer.Option(min=1, help="Tokens of an answer, at most; 256, or what there is room for."),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token each time.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws, where the temperature is not 0.")] = 0,
-    step: Annotated[
-        int | None, typer.Option(help="Of this step's checkpoint, not the newest.")
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="Where the base model is now, if it was moved.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; that of the run without it.")
-    ] = None,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    step: Step = None,
+    base: Base = None,
+    device: Device = None,
 ) -> None:
     """Print the trained model's answer to each prompt."""
     lines = () if prompts or sys.stdin.isatty() else sys.stdin

@@ -1,18 +1,17 @@
 """What one run of an encoder on a classification set does: every key known, every value checked."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from hyper_tune.checks import known_fields, require, require_choice, require_number, require_text
 from hyper_tune.errors import UserError
 from hyper_tune.hf.classification import ClassificationData
 from hyper_tune.hf.scores import SCORES
 from hyper_tune.method import MethodConfig
+from hyper_tune.read_settings import make_settings, read_settings
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 DEVICES = ("cpu", "cuda")
@@ -110,32 +109,10 @@ class EncoderSettings:
     @classmethod
     def from_config(cls, config: DictConfig) -> "EncoderSettings":
         """Read and check a whole configuration, after command-line overrides."""
-        try:
-            values = OmegaConf.to_container(config, resolve=True)
-        except OmegaConfBaseException as error:
-            raise UserError(f"configuration: {str(error).splitlines()[0]}.") from error
-        assert isinstance(values, dict)
-        known_fields("configuration", values, {entry.name for entry in fields(cls)})
-        for entry in fields(cls):
-            if entry.default is MISSING and values.get(entry.name) is None:
-                raise UserError(f"configuration: the key {entry.name!r} is missing; add it.")
-        values["data"] = _section("data", values["data"], ClassificationData)
-        if not isinstance(values["method"], Mapping):
-            raise UserError("configuration: method must be a section of keys, such as name.")
-        values["method"] = MethodConfig.from_mapping(values["method"])
-        require_text("output_dir", values["output_dir"])
-        values["output_dir"] = Path(values["output_dir"])
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"configuration: a value has the wrong type ({error}).") from error
-
-
-def _section(name: str, given: Any, kind: Any) -> Any:
-    if not isinstance(given, Mapping):
-        raise UserError(f"configuration: {name} must be a section of keys.")
-    known_fields(name, given, {entry.name for entry in fields(kind)})
-    try:
-        return kind(**given)
-    except TypeError as error:
-        raise UserError(f"{name}: a value has the wrong type ({error}).") from error
+        values = read_settings(cls, config)
+        data = values["data"]
+        if not isinstance(data, Mapping):
+            raise UserError("configuration: data must be a section of keys.")
+        known_fields("data", data, {entry.name for entry in fields(ClassificationData)})
+        values["data"] = make_settings("data", ClassificationData, data)
+        return make_settings("configuration", cls, values)

@@ -2,12 +2,11 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from hyper_tune.checks import (
     known_fields,
@@ -20,6 +19,7 @@ from hyper_tune.checks import (
 from hyper_tune.errors import UserError
 from hyper_tune.layout import check_dims
 from hyper_tune.method import MethodConfig
+from hyper_tune.read_settings import make_settings, read_settings
 from hyper_tune.split import SplitGeneration
 from hyper_tune.torchtune.model_types import check_model_type
 
@@ -206,30 +206,12 @@ class RecipeSettings:
     @classmethod
     def from_config(cls, config: DictConfig) -> "RecipeSettings":
         """Read and check a whole configuration, after command-line overrides."""
-        try:
-            values = OmegaConf.to_container(config, resolve=True)
-        except OmegaConfBaseException as error:
-            raise UserError(f"configuration: {str(error).splitlines()[0]}.") from error
-        assert isinstance(values, dict)
-        known = {entry.name for entry in fields(cls)}
-        known_fields("configuration", values, known)
-        required = [entry.name for entry in fields(cls) if entry.default is MISSING]
-        for key in required:
-            if values.get(key) is None:
-                raise UserError(f"configuration: the key {key!r} is missing; add it to the file.")
+        values = read_settings(cls, config)
         for key in COMPONENTS:
             several = key == "metric_logger" and isinstance(values.get(key), list)
             for section in values[key] if several else [values.get(key)]:
                 _check_component(key, section)
-        if not isinstance(values["method"], dict):
-            raise UserError("configuration: method must be a section of keys, such as name.")
-        values["method"] = MethodConfig.from_mapping(values["method"])
-        require_text("output_dir", values["output_dir"])
-        values["output_dir"] = Path(values["output_dir"])
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"configuration: a value has the wrong type ({error}).") from error
+        return make_settings("configuration", cls, values)
 
 
 def _check_component(key: str, section: Any) -> None:
