@@ -1,6 +1,7 @@
 """The number of tensor operations of a step depends on the shapes, not on how many matrices."""
 
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 import torch
@@ -120,6 +121,7 @@ def test_no_step_reads_a_tensor_on_the_host():
 
 @pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy])
 def test_the_counter_sees_a_host_read(read):
-    with Counted() as mode:
+    # The package needs no numpy: where there is none, asking for it is what is counted.
+    with Counted() as mode, suppress(RuntimeError):
         read(torch.ones(()))
     assert HOST_READS & mode.operations.keys()
