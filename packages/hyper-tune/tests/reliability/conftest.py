@@ -134,16 +134,15 @@ class Jobs:
 
 
 @pytest.fixture(scope="session")
-def rounds() -> Callable[[int], int]:
-    """Return what makes a test's number of rounds of that in continuous integration."""
-    times = int(os.environ.get("HYPER_TUNE_ROUNDS", "1"))
-    return lambda few: few * times
+def nightly() -> bool:
+    """Whether tests are to do all that they can, which takes an hour."""
+    return "HYPER_TUNE_FULL_COUNTS" in os.environ
 
 
 @pytest.fixture(scope="session")
-def nightly(rounds: Callable[[int], int]) -> bool:
-    """Whether tests are to do all that they can, which takes long."""
-    return rounds(1) > 1
+def rounds(nightly: bool) -> Callable[[int, int], int]:
+    """Return what picks a test's number of rounds: that of continuous integration, or the full."""
+    return lambda few, full: full if nightly else few
 
 
 @pytest.fixture(scope="session")
@@ -168,20 +167,18 @@ def pytest_sessionfinish() -> None:
         return
     record = start_record(torch.device("cpu"))
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    times = os.environ.get("HYPER_TUNE_ROUNDS", "1")
-    rows = [f"| {number} | {claim} | {found} | {times} |" for number, claim, found in FIGURES]
+    rows = [f"| {number} | {claim} | {found} |" for number, claim, found in FIGURES]
     lines = [
         "# Reliability",
         "",
-        "`nox -s reliability`; each row is written by a test that passed. *times*: the rounds are "
-        "as many times those of continuous integration. Seconds are those of processes on this "
-        "machine, which may have had other work.",
+        "`nox -s reliability`; each row is written by a test that passed. Seconds are those of "
+        "processes on this machine, which may have had other work.",
         "",
         f"{record['device']}, {record['platform']}, Python {record['python']}, {versions}; "
         f"{record['time']}.",
         "",
-        "| figure | claim | found | times |",
-        "|---|---|---|---|",
+        "| figure | claim | found |",
+        "|---|---|---|",
         *sorted([*_other_rows(Path(path)), *rows], key=lambda row: int(row.split("|")[1])),
     ]
     Path(path).write_text("\n".join(lines) + "\n")

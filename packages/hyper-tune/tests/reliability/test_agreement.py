@@ -21,11 +21,11 @@ DEBUG = "debug_rank_agreement=True"
 def test_no_step_differs(
     jobs: Any,
     job_config: Callable[..., Path],
-    rounds: Callable[[int], int],
+    rounds: Callable[[int, int], int],
     figure: Callable[..., None],
     tmp_path: Path,
 ) -> None:
-    steps = rounds(20)
+    steps = rounds(20, 200)
     config = job_config(max_steps=steps, epochs=99, batch_size=1, save_every_n_steps=steps)
     job = jobs.start(config, tmp_path / "run", DEBUG, ranks=2)
     assert job.wait() == [0, 0]

@@ -98,10 +98,10 @@ def damaged_folders(folder: Path, rounds: int) -> Any:
 
 
 def test_damage_is_found_and_the_step_before_is_used(
-    rounds: Callable[[int], int], figure: Callable[..., None], tmp_path: Path
+    rounds: Callable[[int, int], int], figure: Callable[..., None], tmp_path: Path
 ) -> None:
     counts: Counter[str] = Counter()
-    for newest, kind in damaged_folders(tmp_path, rounds(1_000)):
+    for newest, kind in damaged_folders(tmp_path, rounds(1_000, 10_000)):
         with pytest.raises(DamagedError):
             verify(newest)
         step, found, (report,) = read_newest(tmp_path)

@@ -21,9 +21,9 @@ PICKLE_CALLS = {
 
 
 def test_hostile_checkpoints_do_nothing(
-    rounds: Callable[[int], int], figure: Callable[..., None], tmp_path: Path
+    rounds: Callable[[int, int], int], figure: Callable[..., None], tmp_path: Path
 ) -> None:
-    count = rounds(100)
+    count = rounds(100, 1_000)
     finished = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path), str(count)],
         capture_output=True,

@@ -42,11 +42,12 @@ def kill_at_random(
 
 
 def test_a_save_that_is_killed_leaves_the_old_or_the_new(
-    jobs: Any, rounds: Callable[[int], int], figure: Callable[..., None], tmp_path: Path
+    jobs: Any, rounds: Callable[[int, int], int], figure: Callable[..., None], tmp_path: Path
 ) -> None:
     chance = random.Random(0)
     inside = 0
-    for _ in range(rounds(30)):
+    count = rounds(30, 300)
+    for _ in range(count):
         last = kill_at_random(jobs, "writers:save_forever", tmp_path, chance, 0.02)
         folder = tmp_path / "written"
         inside += any(path.name.startswith(".tmp-") for path in folder.iterdir())
@@ -57,11 +58,11 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new(
         assert state["history"] == list(range(step % 50))
         for name, size in (("p", 20_000), ("q", 7)):
             assert torch.equal(state["tensors"][name], torch.full((size,), float(step)))
-    assert inside > rounds(30) // 10
+    assert inside > count // 10
     figure(
         3,
         "SIGKILL during a save: the old or the new checkpoint, whole",
-        f"0 of {rounds(30)} unusable ({inside} were killed with files half-written)",
+        f"0 of {count} unusable ({inside} were killed with files half-written)",
     )
 
 
@@ -78,11 +79,12 @@ def test_the_kills_find_a_writer_without_care(jobs: Any, tmp_path: Path) -> None
 
 
 def test_an_export_that_is_killed_leaves_the_old_or_the_new(
-    jobs: Any, rounds: Callable[[int], int], figure: Callable[..., None], tmp_path: Path
+    jobs: Any, rounds: Callable[[int, int], int], figure: Callable[..., None], tmp_path: Path
 ) -> None:
     chance = random.Random(0)
     inside = 0
-    for _ in range(rounds(30)):
+    count = rounds(30, 300)
+    for _ in range(count):
         last = kill_at_random(jobs, "writers:export_forever", tmp_path, chance, 0.02)
         folder = tmp_path / "written"
         left = list(tmp_path.glob(".tmp-*"))
@@ -99,11 +101,11 @@ def test_an_export_that_is_killed_leaves_the_old_or_the_new(
             for value in t.unique().tolist()
         }
         assert found in ({last}, {last + 1})
-    assert inside > rounds(30) // 10
+    assert inside > count // 10
     figure(
         3,
         "SIGKILL during an export: the old or the new adapter, whole",
-        f"0 of {rounds(30)} unusable ({inside} were killed with files half-written)",
+        f"0 of {count} unusable ({inside} were killed with files half-written)",
     )
 
 
@@ -114,7 +116,7 @@ STEPS, EVERY = 20, 4
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     jobs: Any,
     job_config: Callable[..., Path],
-    rounds: Callable[[int], int],
+    rounds: Callable[[int, int], int],
     figure: Callable[..., None],
     tmp_path: Path,
     ranks: int,
@@ -126,7 +128,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
 
     chance = random.Random(ranks)
     killed, lost, reached = 0, [0], 0
-    while killed < rounds(1):
+    while killed < rounds(1, 20):
         job = jobs.start(config, tmp_path / "run", "resume_from_checkpoint=True", ranks=ranks)
         assert job.wait(chance.uniform(0.2, 1.2) * took) != [2] * ranks
         job.kill()

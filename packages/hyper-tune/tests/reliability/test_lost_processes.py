@@ -70,7 +70,7 @@ def victims(stage: str) -> tuple[int, ...]:
 @pytest.mark.parametrize("kind", WORDS)
 def test_the_others_end_when_one_does_not_answer(
     started: Callable[..., Any],
-    rounds: Callable[[int], int],
+    rounds: Callable[[int, int], int],
     figure: Callable[..., None],
     slack: Callable[[], float],
     kind: str,
@@ -79,7 +79,7 @@ def test_the_others_end_when_one_does_not_answer(
     # Each round in continuous integration takes every stage once, with one of its victims.
     chosen = [
         (stage, victims(stage)[(number + place) % len(victims(stage))])
-        for number in range(rounds(1))
+        for number in range(rounds(1, 20))
         for place, stage in enumerate(STAGES)
     ]
     limit = PATIENCE + (TIMEOUT if kind == "SIGSTOP" else 0)

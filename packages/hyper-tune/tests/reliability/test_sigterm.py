@@ -21,11 +21,11 @@ def figures(job: Any) -> list[Any]:
     return [[row[key] for key in COMPARED] for row in job.rows()]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, *([4] if "HYPER_TUNE_ROUNDS" in os.environ else [])])
+@pytest.mark.parametrize("ranks", [1, 2, *([4] if "HYPER_TUNE_FULL_COUNTS" in os.environ else [])])
 def test_all_stop_at_one_step_which_is_saved(
     jobs: Any,
     job_config: Callable[..., Path],
-    rounds: Callable[[int], int],
+    rounds: Callable[[int, int], int],
     figure: Callable[..., None],
     slack: Callable[[], float],
     tmp_path: Path,
@@ -37,7 +37,8 @@ def test_all_stop_at_one_step_which_is_saved(
     chance = random.Random(ranks)
     took, stops = [], []
     number = 0
-    while len(took) < rounds(1):
+    count = rounds(1, 25)
+    while len(took) < count:
         number += 1
         output = tmp_path / str(number)
         job = jobs.start(config, output, ranks=ranks)
@@ -49,7 +50,7 @@ def test_all_stop_at_one_step_which_is_saved(
         os.kill(job.processes[chance.randrange(ranks)], signal.SIGTERM)
         asked = time.monotonic()
         codes = job.wait()
-        if codes == [0] * ranks and number < 3 * rounds(1):
+        if codes == [0] * ranks and number < 3 * count:
             continue  # It was done before it could be asked.
         assert codes == [143] * ranks, job.said()
         took.append(max(job.ended_at) - asked)
