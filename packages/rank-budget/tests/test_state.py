@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -174,10 +175,7 @@ def test_the_state_is_what_changes_the_next_step():
     assert state["matrices"] == [["a", 3], ["b", 4]]
     assert state["history"]["steps"] == [done.step for done in allocator.history]
     assert state["history"]["budgets"] == [done.budget for done in allocator.history]
-    assert state["history"]["stats"].tolist() == [
-        pytest.approx([done.pruned + done.grown, done.pruned, done.live, done.threshold])
-        for done in allocator.history
-    ]
+    assert state["history"]["thresholds"].tolist() == [d.threshold for d in allocator.history]
     assert state["score"].keys() == {"of", "sensitivity", "uncertainty"}
 
 
@@ -345,7 +343,7 @@ FAULTS = {
     "foreign": (put(1, "model"), "the saved state has model, expected what state_dict"),
     "steps": (put("3", "steps"), "the saved steps is a str, expected a whole number, 0 or more"),
     "importance": (put([0.0], "importance"), "importance is a list of 1, expected a tensor (7,)"),
-    "history": (cut("history", "stats"), "the saved history is a dict, expected a mapping of"),
+    "history": (cut("history", "thresholds"), "the saved history is a dict, expected a mapping of"),
     "budgets": (
         put([], "history", "budgets"),
         "the saved budgets is a list of 0, expected a list of 2",
@@ -359,7 +357,10 @@ FAULTS = {
     "matrix": (put(3, "matrices", 0), "the saved state has (name, rank) 3, but here is ['a', 3]"),
     "scores": (put(None, "score"), "the saved score is a NoneType, expected a mapping"),
     "contents": (put(3, "score", "of", 1), "has (role, names, shape, start) 3, but here is"),
-    "stats": (put(torch.zeros(1, 4), "history", "stats"), "stats is torch.float32 (1, 4), expec"),
+    "thresholds": (
+        put(torch.zeros(1), "history", "thresholds"),
+        "thresholds is torch.float32 (1,), expected a tensor (2,)",
+    ),
     "pruned": (
         put(torch.tensor([[0, 7]], dtype=torch.int32), "history", "pruned"),
         "expected places in 2 allocations of 7 components",
@@ -431,4 +432,5 @@ def test_the_history_says_which_components_fell_and_woke_up(direction):
         assert found == expected
         counts = [tuple(sum(map(len, part.values())) for part in pair) for pair in found]
         assert counts == [(done.pruned, done.grown) for done in history]
+        assert all(one.alive is two.before for one, two in pairwise(history))  # a mask, not two
     assert direction != "regrow" or all(any(pair[side] for pair in expected) for side in (0, 1))

@@ -11,7 +11,7 @@ from rank_budget.costs import Cost, cost_named
 from rank_budget.errors import BudgetError
 from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices
 from rank_budget.layout import Limits, layout_of, limits_given
-from rank_budget.record import Allocation, history_from, history_state, stats_of
+from rank_budget.record import Allocation, history_from, history_state
 from rank_budget.roster import roster_of
 from rank_budget.saved import check_state, described, made_with
 from rank_budget.schedules import Schedule
@@ -222,11 +222,11 @@ class RankAllocator:
         scores, before = self._scorer.scores(), self._alive
         spared = self._roster.components_of(self._pending) if self._pending else None
         self._alive = self._plan.choose(scores, before, self._layout, budget, spared)
-        changes = before ^ self._alive
         self._importance = scores
-        fell = changes if self._plan.direction == "prune" else changes & before
-        stats = stats_of(scores, changes, fell, self._alive, self._lowest)
-        allocation = Allocation(self.steps, budget, stats, changes, fell, self._roster.ranks)
+        highest = torch.where(before > self._alive, scores, self._lowest).amax()
+        allocation = Allocation(
+            self.steps, budget, highest, before, self._alive, self._roster.ranks
+        )
         self._budget = budget
         self._live = budget if self._layout.even else None
         self.history.append(allocation)
@@ -277,10 +277,11 @@ class RankAllocator:
             block.read()  # Refuses layers that have become smaller, before anything is changed.
         check_state(state, self.state_dict(), ranks=self._layout.even)
         device = self._alive.device
-        history = history_from(state["history"], self._roster.ranks, device)
+        alive = state["alive"].to(device).clone()
+        history = history_from(state["history"], alive, self._roster.ranks)
         self._scorer.load_state_dict(state["score"])
         self.history = history
-        self._alive = state["alive"].to(device).clone()
+        self._alive = alive
         self._importance = state["importance"].to(device).clone()
         self.steps, self.skipped = state["steps"], state["skipped"]
         self._budget = state["budget"]

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from rank_budget.saved import check_list, check_tensor, check_whole, damaged
 
-STATS = 4
-
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
@@ -21,32 +19,44 @@ class Allocation:
     ``step``, ``budget``: known at once. ``pruned``, ``grown``, ``live``: numbers of components,
     and ``threshold``: the highest score that fell, −inf where none did; these four are read from
     the device, together, when the first of them is asked for. ``pruned_components`` and
-    ``grown_components`` say which they were; until then, and in the history, they are one or two
-    masks, bool, (components,), on the device.
+    ``grown_components`` say which they were. Until then, and in the history, they are what lived
+    ``before`` and what is ``alive`` after, masks, bool, (components,), on the device, of which the
+    allocation before holds the first.
     """
 
     step: int
     budget: int
-    stats: Tensor = field(repr=False)
-    changes: Tensor | None = field(default=None, repr=False)
-    fell: Tensor | None = field(default=None, repr=False)
-    ranks: Mapping[str, int] = field(default_factory=dict, repr=False)
+    highest: Tensor = field(repr=False)
+    before: Tensor = field(repr=False)
+    alive: Tensor = field(repr=False)
+    ranks: Mapping[str, int] = field(repr=False)
 
     @cached_property
     def _read(self) -> list[float]:
-        numbers: list[float] = self.stats.tolist()
+        counts = torch.stack([self.fell, self.woke, self.alive]).sum(1)
+        numbers: list[float] = torch.cat([counts, self.highest.view(1)]).tolist()
         # As in the choice, NaN counts as the highest.
         return [math.inf if math.isnan(number) else number for number in numbers]
 
     @property
+    def fell(self) -> Tensor:
+        """Which components fell, bool, (components,)."""
+        return self.before > self.alive
+
+    @property
+    def woke(self) -> Tensor:
+        """Which components woke up, bool, (components,)."""
+        return self.alive > self.before
+
+    @property
     def pruned(self) -> int:
         """Components that fell."""
-        return int(self._read[1])
+        return int(self._read[0])
 
     @property
     def grown(self) -> int:
         """Components that woke up."""
-        return int(self._read[0] - self._read[1])
+        return int(self._read[1])
 
     @property
     def live(self) -> int:
@@ -66,14 +76,10 @@ class Allocation:
     @cached_property
     def grown_components(self) -> dict[str, list[int]]:
         """The components that woke up, by matrix."""
-        if self.changes is None or self.fell is None or self.changes is self.fell:
-            return {}
-        return self._by_matrix(self.changes & self.fell.logical_not())
+        return self._by_matrix(self.woke)
 
-    def _by_matrix(self, mask: Tensor | None) -> dict[str, list[int]]:
+    def _by_matrix(self, mask: Tensor) -> dict[str, list[int]]:
         """Return the places of a mask; matrices without any are left out."""
-        if mask is None:
-            return {}
         parts = torch.split(mask.cpu(), list(self.ranks.values()))
         found = zip(self.ranks, (part.nonzero()[:, 0].tolist() for part in parts), strict=True)
         return {name: places for name, places in found if places}
@@ -97,46 +103,38 @@ class Allocation:
         )
 
 
-def stats_of(
-    scores: Tensor, changes: Tensor, fell: Tensor, alive: Tensor, lowest: Tensor
-) -> Tensor:
-    """Return changes, pruned, live and threshold, (4,), without a read.
-
-    ``changes``: what fell or woke up. ``lowest``: −inf, on the device.
-    """
-    threshold = torch.where(fell, scores, lowest).amax()
-    counts = torch.stack([changes, fell, alive]).sum(1)
-    return torch.cat([counts, threshold.view(1)])
-
-
 def history_state(history: Sequence[Allocation]) -> dict[str, Any]:
     """Return a history as plain numbers and small tensors.
 
-    ``pruned`` and ``grown``: int32, (changes, 2), which allocation and which component.
+    ``thresholds``: (allocations,). ``pruned`` and ``grown``: int32, (changes, 2), which allocation
+    and which component.
     """
-    stats = [allocation.stats for allocation in history]
-    pruned = [done.fell for done in history if done.fell is not None]
-    changed = [done.changes for done in history if done.changes is not None]
     none = torch.zeros(0, 1, dtype=torch.bool)
-    fell, changes = (torch.stack(masks) if masks else none for masks in (pruned, changed))
+    before, alive = none, none
+    if history:
+        before = torch.stack([done.before for done in history])
+        alive = torch.stack([done.alive for done in history])
+    thresholds = [done.highest for done in history]
     return {
-        "steps": [allocation.step for allocation in history],
-        "budgets": [allocation.budget for allocation in history],
-        "stats": torch.stack(stats) if stats else torch.zeros(0, STATS),
-        "pruned": fell.nonzero().int(),
-        "grown": (changes & fell.logical_not()).nonzero().int(),
+        "steps": [done.step for done in history],
+        "budgets": [done.budget for done in history],
+        "thresholds": torch.stack(thresholds) if thresholds else torch.zeros(0),
+        "pruned": (before > alive).nonzero().int(),
+        "grown": (alive > before).nonzero().int(),
     }
 
 
 def history_from(
-    state: Mapping[str, Any], ranks: Mapping[str, int], device: torch.device
+    state: Mapping[str, Any], alive: Tensor, ranks: Mapping[str, int]
 ) -> list[Allocation]:
     """Return the history that `history_state` wrote, of matrices of these ranks.
+
+    ``alive``: what lives after the last allocation, bool, (components,).
 
     Raises:
         BudgetError: its parts do not fit.
     """
-    keys = ("steps", "budgets", "stats", "pruned", "grown")
+    keys = ("steps", "budgets", "thresholds", "pruned", "grown")
     if not isinstance(state, Mapping) or state.keys() != set(keys):
         raise damaged("history", state, f"a mapping of {', '.join(keys)}")
     check_list("steps", state["steps"])
@@ -144,8 +142,8 @@ def history_from(
     check_list("budgets", state["budgets"], count)
     for number in (*state["steps"], *state["budgets"]):
         check_whole("history", number)
-    check_tensor("stats", state["stats"], (count, STATS))
-    masks = []
+    check_tensor("thresholds", state["thresholds"], (count,))
+    changes = torch.zeros(count, components, dtype=torch.bool, device=alive.device)
     for key in ("pruned", "grown"):
         pairs = state[key]
         length = len(pairs) if isinstance(pairs, Tensor) and pairs.dim() else 0
@@ -153,11 +151,11 @@ def history_from(
         inside = (pairs >= 0) & (pairs.cpu() < torch.tensor([count, components])).to(pairs.device)
         if not inside.all():
             raise damaged(key, pairs, f"places in {count} allocations of {components} components")
-        mask = torch.zeros(count, components, dtype=torch.bool, device=device)
-        mask[tuple(pairs.to(device).long().T)] = True
-        masks.append(mask)
-    fell, grown = masks
-    changes = (fell | grown).unbind() if grown.any() else fell.unbind()
-    stats = state["stats"].to(device).clone().unbind()
-    rows = zip(state["steps"], state["budgets"], stats, changes, fell.unbind(), strict=True)
+        changes[tuple(pairs.to(alive.device).long().T)] = True
+    masks = [alive]
+    for change in reversed(changes.unbind()):
+        masks.append(masks[-1] ^ change)
+    masks.reverse()
+    highest = state["thresholds"].to(alive.device).clone().unbind()
+    rows = zip(state["steps"], state["budgets"], highest, masks[:-1], masks[1:], strict=True)
     return [Allocation(*row, ranks) for row in rows]

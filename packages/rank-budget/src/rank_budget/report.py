@@ -86,7 +86,8 @@ def rank_timeline(
     Raises:
         BudgetError: matplotlib is not installed.
 
-    >>> history = [Allocation(2, 3, torch.tensor([1.0, 1, 3, 0.5]))]
+    >>> before, alive = torch.tensor([[True] * 4, [False] + [True] * 3])
+    >>> history = [Allocation(2, 3, torch.tensor(0.5), before, alive, {"w": 4})]
     >>> rank_timeline(history, initial=4).axes[0].lines[0].get_xydata().tolist()
     [[0.0, 4.0], [2.0, 3.0]]
     """
