@@ -69,8 +69,7 @@ class FineTuning:
         try:
             self._build()
         except BaseException as error:
-            self.folder.close()
-            self._explain(error)
+            self.__exit__(type(error), error, error.__traceback__)
             raise
         return self
 
