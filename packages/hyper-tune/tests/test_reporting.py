@@ -1,9 +1,11 @@
 """What is shown of a run: a bar or lines, and the health of its method."""
 
+import errno
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from omegaconf import OmegaConf
 
 from hyper_core import GeneratedParameters, diagnose
 from hyper_tune import MethodConfig, assemble
+from hyper_tune.checkpoint import read_newest
 from hyper_tune.diagnosis import diagnose_method
+from hyper_tune.metrics import Metrics
+from hyper_tune.run_folder import RunFolder
 from hyper_tune.torchtune.recipe import FineTuning
 from hyper_tune.torchtune.reporting import Reporter
 from hyper_tune.torchtune.settings import RecipeSettings
@@ -87,3 +92,32 @@ def test_a_diagnosis_is_that_of_the_hypernetworks_and_changes_nothing() -> None:
 def _copy(layer: torch.nn.Module) -> torch.nn.Module:
     assert isinstance(layer, torch.nn.Linear)
     return torch.nn.Linear(layer.in_features, layer.out_features)
+
+
+@pytest.mark.parametrize(("step", "saved"), [(4, 3), (5, 3), (12, 12)])
+def test_a_diagnosis_that_cannot_be_written_ends_the_run_after_the_next_step(
+    make_config: Callable[..., Path],
+    run: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    saved: int,
+) -> None:
+    append = Metrics.append
+
+    def full(metrics: Metrics, row: dict[str, Any]) -> None:
+        if metrics._path.name == "diagnoses.jsonl" and row["step"] == step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(metrics, row)
+
+    taken = []
+    monkeypatch.setattr(Metrics, "append", full)
+    monkeypatch.setattr(FineTuning, "_count_skipped", lambda run, _: taken.append(run.step))
+    with pytest.raises(OSError, match="No space left on device"):
+        run(make_config(diagnose_every_n_steps=1, save_every_n_steps=3))
+    assert taken == [*range(1, min(step + 1, 12) + 1)]
+    folder = RunFolder(tmp_path / "run")
+    assert read_newest(folder.checkpoints)[::2] == (saved, [])
+    assert [row["step"] for row in folder.diagnoses.rows()] == [*range(1, step)]
+    assert [row["step"] for row in folder.metrics.rows()] == [*range(1, step + 1)]
+    assert not (folder.path / "summary.json").exists()
