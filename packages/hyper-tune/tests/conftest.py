@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from torchtune.models.llama3._tokenizer import SPECIAL_TOKENS
 from torchtune.models.qwen2_5._tokenizer import QWEN2_5_SPECIAL_TOKENS
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from hyper_tune.cli.main import main
 from hyper_tune.torchtune.fine_tune import fine_tune
 
 SIZES = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "feed_forward": 48, "length": 256}
@@ -236,3 +238,32 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return what runs a command that succeeds, and returns what it prints."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        status = main([str(word) for word in arguments])
+        printed = capsys.readouterr()
+        assert status == 0, printed.err
+        return printed.out
+
+    return run
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return what runs a command that is refused, and returns its one line."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(word) for word in arguments]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert re.fullmatch(r"error: [^\n]+\n", printed.err), printed.err
+        return printed.err.removeprefix("error: ").rstrip()
+
+    return run

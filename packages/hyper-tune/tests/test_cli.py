@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,35 +23,6 @@ from rank_budget.tables import rank_table
 
 Run = Callable[..., None]
 ConfigMaker = Callable[..., Path]
-
-
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return what runs a command that succeeds, and returns what it prints."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        status = main([str(word) for word in arguments])
-        printed = capsys.readouterr()
-        assert status == 0, printed.err
-        return printed.out
-
-    return run
-
-
-@pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return what runs a command that is refused, and returns its one line."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        assert main([str(word) for word in arguments]) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert re.fullmatch(r"error: [^\n]+\n", printed.err), printed.err
-        return printed.err.removeprefix("error: ").rstrip()
-
-    return run
 
 
 def test_ls_lists_every_recipe_configuration_and_data_set(said: Callable[..., str]) -> None:
@@ -90,62 +60,6 @@ def test_cp_copies_and_overwrites_nothing_unasked(
     assert written.stem == re.split("[/=]", name)[-1]
     assert written.read_text() == text
     assert "is not a folder; make it first." in fails("cp", name, tmp_path / "no" / "mine")
-
-
-def test_a_wrong_command_line_is_one_line(fails: Callable[..., str], tmp_path: Path) -> None:
-    assert "Did you mean llama3_1_8b?" in fails("cp", "lama3_1_8b", "x")
-    assert "Did you mean hyper-tune/hyperdora_full?" in fails("cp", "hyperdora_ful", "x")
-    assert "lama3_1_8b" in fails("plan", "--config", "lama3_1_8b")
-    assert fails() == "Missing command."
-    assert "No such command" in fails("train")
-    assert "No such option" in fails("ls", "--all")
-    assert fails("ranks", tmp_path) == f"{tmp_path} is not a run folder: it has no config.yaml."
-    assert fails("compare", tmp_path / "no") == f"{tmp_path / 'no'} does not exist."
-    assert "such as h100-80" in fails("plan", "--config", "tiny_llama", "--gpu", "h100")
-    assert fails("plan", "--config", "tiny_llama", "batch_sise=2").startswith(
-        "configuration has no key 'batch_sise'; did you mean 'batch_size'?"
-    )
-    assert fails("plan", "--config", "tiny_llama", "--method", "dorra").startswith(
-        "--method is 'dorra', but must be one of lora, adalora, "
-    )
-    assert "overrides are written key=value, or ~key" in fails(
-        "plan", "--config", "tiny_llama", "batch"
-    )
-    assert fails("plan", "--config", "tiny_llama", "--length", 257) == (
-        "samples of 257 tokens are planned, but the model reads 256; give a --length up to that."
-    )
-    (tmp_path / "config.yaml").write_text("seed: 0\n")
-    (tmp_path / "metrics.jsonl").write_text("{}\nno\n")
-    assert fails("compare", tmp_path).startswith(f"the figures in {tmp_path} are not JSON: ")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "live_ranks": 3}\n')
-    nowhere = tmp_path / "no" / "losses.png"
-    assert str(nowhere) in fails("compare", tmp_path, "--png", nowhere)
-
-
-@pytest.mark.parametrize(
-    ("missing", "extra", "command"),
-    [
-        ("torchtune", "torchtune", ["plan", "--config", "tiny_llama"]),
-        ("matplotlib", "plot", ["compare", "{run}", "--png", "x.png"]),
-    ],
-)
-def test_a_missing_extra_is_named(
-    tmp_path: Path, missing: str, extra: str, command: list[str]
-) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").write_text("seed: 0\n")
-    code = (
-        f"import sys; sys.modules[{missing!r}] = None\n"
-        "from hyper_tune.cli.main import main\n"
-        f"sys.exit(main({[word.format(run=run) for word in command]!r}))"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert finished.returncode == 2
-    last = finished.stderr.splitlines()[-1]
-    assert last == f"error: this needs {missing}; pip install 'hyper-tune[{extra}]'."
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,16 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
-from hyper_core import GeneratedParameters, diagnose
-from hyper_tune import MethodConfig, assemble, parallel
-from hyper_tune.diagnosis import diagnose_method
+from hyper_tune import parallel
 from hyper_tune.errors import UserError
 from hyper_tune.torchtune.loggers import Loggers
 from hyper_tune.torchtune.recipe import FineTuning
@@ -262,6 +259,33 @@ def test_a_logger_that_cannot_be_made_is_refused_before_the_base_is_read(
     assert str(caught.value).startswith(message)
 
 
+WANDB = {"_component_": f"{LOGGING}.WandBLogger"}
+
+
+def test_a_logger_is_closed_where_the_base_cannot_be_loaded(
+    make_config: ConfigMaker, run: Run, monkeypatch: pytest.MonkeyPatch, wandb: SimpleNamespace
+) -> None:
+    def load(*_: object) -> None:
+        assert wandb.run is not None
+        raise UserError("the weights are of another model.")
+
+    monkeypatch.setattr("hyper_tune.torchtune.recipe.load_", load)
+    config = make_config(metric_logger=WANDB)
+    for attempt in (1, 2):  # The folder is free again.
+        with pytest.raises(UserError, match="the weights are of another model"):
+            run(config)
+        assert (wandb.run, wandb.finished) == (None, attempt)
+
+
+def test_a_logger_is_closed_where_the_next_cannot_be_made(
+    make_config: ConfigMaker, run: Run, wandb: SimpleNamespace
+) -> None:
+    with pytest.raises(UserError, match="metric_logger has no key 'logdir'"):
+        run(make_config(metric_logger=[WANDB, {**tensorboard(Path("x")), "logdir": "x"}]))
+    assert wandb.given["project"] == "torchtune"
+    assert (wandb.run, wandb.finished) == (None, 1)
+
+
 def test_a_library_that_is_not_installed_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -289,76 +313,6 @@ def test_other_ranks_log_and_show_nothing(
         with Reporter(run) as reporter:
             reporter.add({"step": 12, "loss": 1.0, "live_ranks": 3, "tokens_per_second": 1.0})
         assert capsys.readouterr().err == ""
-
-
-@pytest.fixture
-def reported(
-    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[[bool], str]]:
-    """Return what reports four steps of twelve and returns what it wrote."""
-    settings = RecipeSettings.from_config(OmegaConf.load(make_config(log_every_n_steps=2)))
-    with FineTuning(settings) as run:
-
-        def report(terminal: bool) -> str:
-            monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-            capsys.readouterr()
-            now = iter(range(0, 1000, 10))
-            monkeypatch.setattr(
-                "hyper_tune.torchtune.reporting.time.perf_counter", lambda: next(now)
-            )
-            with Reporter(run) as reporter:
-                for step in (1, 2, 3, 4):
-                    loss = None if step == 4 else step / 8
-                    row = {"step": step, "loss": loss, "live_ranks": 50, "tokens_per_second": 99.6}
-                    reporter.add(row)
-            return capsys.readouterr().err
-
-        yield report
-
-
-def test_a_terminal_gets_a_bar_with_step_time_left_loss_ranks_and_speed(
-    reported: Callable[[bool], str],
-) -> None:
-    written = reported(True)
-    last = written.split("\r")[-1]
-    assert re.search(r"hyperadalora: +33%\|.*\| 4/12 \[\d\d:\d\d<\d\d:\d\d, .*step", last), last
-    assert "loss skipped, ranks 50/56, 100 tokens/s" in last
-    assert "left" not in written
-
-
-def test_no_terminal_gets_a_line_each_n_steps(reported: Callable[[bool], str]) -> None:
-    assert reported(False).splitlines() == [
-        # Ten seconds a reading: 10 s for two steps, then 20 s for four.
-        "step 2/12: loss 0.2500, ranks 50/56, 100 tokens/s, 00:50 left",
-        "step 4/12: loss skipped, ranks 50/56, 100 tokens/s, 00:40 left",
-    ]
-
-
-def test_a_diagnosis_is_that_of_the_hypernetworks_and_changes_nothing() -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(24, 24), torch.nn.Linear(24, 24))
-    for name in ("hyperadalora", "hyperdora"):
-        sections = {"name": name, "init_rank": 4, "hypernetwork": {"preset": "attention-small"}}
-        config = MethodConfig.from_mapping(sections)
-        method = assemble(torch.nn.Sequential(*map(_copy, model)), config, total_steps=900)
-        before = {k: v.clone() for k, v in method.owner.state_dict().items()}
-        chance = torch.get_rng_state()
-        found = diagnose_method(method)
-        assert torch.equal(torch.get_rng_state(), chance)
-        after = method.owner.state_dict()
-        assert all(torch.equal(before[key], after[key]) for key in before)
-        owner = getattr(method.owner, "generated", method.owner)
-        assert isinstance(owner, GeneratedParameters)
-        expected = diagnose(owner)
-        assert {r: f["cosine"] for r, f in found.hypernetworks.items()} == {
-            r: f.cosine for r, f in expected.roles.items()
-        }
-        assert found.ranks == method.ranks()
-
-
-def _copy(layer: torch.nn.Module) -> torch.nn.Module:
-    assert isinstance(layer, torch.nn.Linear)
-    return torch.nn.Linear(layer.in_features, layer.out_features)
 
 
 def test_a_service_that_refuses_is_one_message_for_people(

@@ -168,7 +168,12 @@ def test_what_four_ranks_pass_around_in_two_copies_and_shares_is_as_planned(
     )
     seen = seen_by(4, config, tmp_path)
     settings = RecipeSettings.from_config(OmegaConf.load(config))
-    same = replace(settings, data_parallel_replicate_dim=1, gradient_accumulation_steps=4)
+    same = replace(
+        settings,
+        data_parallel_replicate_dim=1,
+        split_generation=False,
+        gradient_accumulation_steps=4,
+    )
     alone = []
     with FineTuning(replace(same, output_dir=tmp_path / "alone")) as run:
         for run.step in range(2):

@@ -1,5 +1,6 @@
 """Puts a method on a model: layers, stacked factors, their owner, the allocator."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,25 +155,36 @@ class Assembly:
         } | ({"modules_to_save": whole} if whole else {})
 
     def load_state_dict(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
-        """Restore what `state_dict` returned, in place.
+        """Restore what `state_dict` returned, in place; all of it, or nothing where it is refused.
+
+        For as long as it takes, there is a copy of what was there before.
 
         Raises:
             ValueError: the state is of another model or method.
         """
         if optimizer is not None and state["optimizer"] is None:
             raise UserError("the saved state has no optimizer; load it without one, or save both.")
+        before = copy.deepcopy(self.state_dict(optimizer))
+        try:
+            self._load(state, optimizer)
+        except BaseException:
+            self._load(before, optimizer)
+            raise
+
+    def _load(self, state: Mapping[str, Any], optimizer: Optimizer | None) -> None:
         try:
             self.owner.load_state_dict(state["owner"])
             for name, module in self.modules_to_save.items():
                 module.load_state_dict(state["modules_to_save"][name])
         except (RuntimeError, KeyError, HyperError) as error:
             raise UserError(f"the saved state is of another model or method: {error}") from error
+        if optimizer is not None:
+            load_named_optimizer_state(optimizer, self.named_parameters(), state["optimizer"])
+        # Last: it silences the leaves by the masks, which nothing but the next refresh undoes.
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
         if self.sampled is not None:
             self.sampled.load_state_dict(state["sampled"])
-        if optimizer is not None:
-            load_named_optimizer_state(optimizer, self.named_parameters(), state["optimizer"])
 
     def export(
         self,

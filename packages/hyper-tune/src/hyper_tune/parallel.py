@@ -140,6 +140,35 @@ def on_rank_zero(action: Callable[[], object], device: torch.device) -> None:
     together(lambda: action() if rank() == 0 else None, device)
 
 
+class HeldFailure:
+    """The error of what one rank does alone, held until all ranks meet to raise it by `together`.
+
+    A rank that raised at once would leave the others waiting for it. ``failed`` may go into what
+    the ranks exchange anyway, so that they meet soon.
+    """
+
+    def __init__(self) -> None:
+        self._error: OSError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error is held."""
+        return self._error is not None
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        """Run ``action`` and hold its `OSError`; after one, do nothing."""
+        if self._error is None:
+            try:
+                action()
+            except OSError as error:
+                self._error = error
+
+    def release(self) -> None:
+        """Raise the error that is held."""
+        if self._error is not None:
+            raise self._error
+
+
 def agree(value: int, what: str, device: torch.device) -> None:
     """Raise a `UserError` on every rank unless all ranks have the same ``value``."""
     limits = torch.tensor([value, -value], device=device)

@@ -1,5 +1,6 @@
 """Generation split over ranks: each generates a share of the matrices, one gathering for all."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -32,8 +33,17 @@ class SharedGeneration(GeneratedParameters):
     shared = False
 
     def share_(self, wanted: SplitGeneration) -> None:
-        """Share the work from now on, or not, or where it takes less than generating all."""
+        """Share the work from now on, or not, or where it takes less than generating all.
+
+        One process has nobody to share with, and is warned if it is to.
+        """
         ranks = world_size()
+        if wanted is True and ranks == 1:
+            warnings.warn(
+                "split_generation is True, but there is one process, which generates all; set it "
+                "to auto, which splits where that is less work, or start more processes.",
+                stacklevel=5,
+            )
         pays = wanted == "auto" and GenerationCost.of(self).split_pays(ranks)
         self.shared = ranks > 1 and (wanted is True or pays)
 

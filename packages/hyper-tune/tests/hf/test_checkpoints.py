@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hyper_tune import UserError
+from hyper_tune.errors import PERSONS_MISTAKES
 from hyper_tune.hf import adapt
 from hyper_tune.hf.saved import pack, unpack
 from hyper_tune.method import METHODS
@@ -121,6 +122,21 @@ def test_state_of_another_method_is_refused_by_name(hf: SimpleNamespace, tmp_pat
     other = adapt(hf.classifier(), hf.configure("adalora"), dtype=torch.float64)
     with pytest.raises(UserError, match=r"model.safetensors: the saved factors are"):
         other.load(tmp_path)
+
+
+def test_state_that_is_refused_plans_nothing(hf: SimpleNamespace, tmp_path: Path) -> None:
+    planned = adapt(hf.classifier(), hf.configure("adalora"), total_steps=8, dtype=torch.float64)
+    state = planned.state_dict()
+    state["method"]["allocator"]["budget"] += 1
+    other = adapt(hf.classifier(), hf.configure("adalora"), dtype=torch.float64)
+    before = {name: value.clone() for name, value in pack(other.state_dict()).items()}
+    with pytest.raises(PERSONS_MISTAKES, match="live components, but the budget was"):
+        other.load_state_dict(state)
+    after = pack(other.state_dict())
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    other.plan_(12)
+    assert other.total_steps == 12
 
 
 def test_damaged_state_is_named(hf: SimpleNamespace, tmp_path: Path) -> None:

@@ -85,6 +85,23 @@ def test_a_schedule_that_meets_the_budget_does_not_warn() -> None:
         assemble(plain_model(), adalora(4, 2, interval=10), total_steps=11)
 
 
+def test_shares_without_others_to_share_with_warn_once() -> None:
+    config = MethodConfig("hyperdora", init_rank=2)
+    with pytest.warns(UserWarning, match="split_generation") as caught:
+        method = assemble(plain_model(), config, total_steps=9, split_generation=True)
+    (warning,) = caught
+    assert str(warning.message) == (
+        "split_generation is True, but there is one process, which generates all; set it to auto, "
+        "which splits where that is less work, or start more processes."
+    )
+    assert warning.filename == __file__
+    assert not method.owner.generated.shared
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assemble(plain_model(), config, total_steps=9, split_generation="auto")
+        assemble(plain_model(), config, total_steps=9)
+
+
 def test_methods_without_a_budget_keep_every_rank(small: SimpleNamespace, case: str) -> None:
     run = small.build(case)
     assert run.method.total_ranks == run.method.live_ranks == 12

@@ -1,13 +1,16 @@
 """A run that is saved, read from the disk and loaded goes on bit for bit."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from hyper_tune.checkpoint import read_newest, write_checkpoint
+from hyper_tune.errors import PERSONS_MISTAKES
 
 STEPS = 9
 
@@ -142,3 +145,68 @@ def test_nothing_waits_after_the_factors_are_written(small: SimpleNamespace, cas
     for call in (run.method.owner.backward, run.method.owner.commit):
         with pytest.raises(ValueError, match="was called without a pending refresh"):
             call()
+
+
+def _of_other_masks(state: dict[str, Any]) -> None:
+    state["allocator"]["budget"] += 1
+
+
+def _of_other_draws(state: dict[str, Any]) -> None:
+    state["sampled"]["shared"] = not state["sampled"]["shared"]
+
+
+def _of_other_factors(state: dict[str, Any]) -> None:
+    name, value = list(state["owner"].items())[-1]
+    state["owner"][name] = value.new_zeros(3, 1, 1)
+
+
+def _of_fewer_factors(state: dict[str, Any]) -> None:
+    del state["owner"][list(state["owner"])[-1]]
+
+
+def _of_other_parameters(state: dict[str, Any]) -> None:
+    state["optimizer"]["groups"][0]["names"][-1] = "another"
+
+
+def _of_other_moments(state: dict[str, Any]) -> None:
+    state["optimizer"]["groups"].append({"names": []})
+
+
+Damage = Callable[[dict[str, Any]], None]
+DAMAGE = [_of_other_factors, _of_fewer_factors, _of_other_parameters, _of_other_moments]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_state_that_is_refused_changes_nothing(
+    small: SimpleNamespace, case: str, damage: Damage
+) -> None:
+    assert_refused(small, case, damage)
+
+
+@pytest.mark.parametrize("case", ["adalora", "hyperadalora static none"])
+def test_masks_that_are_refused_change_nothing(small: SimpleNamespace, case: str) -> None:
+    assert_refused(small, case, _of_other_masks)
+
+
+@pytest.mark.parametrize("case", ["dylora each", "hyperdylora static token_rms"])
+def test_draws_that_are_refused_change_nothing(small: SimpleNamespace, case: str) -> None:
+    assert_refused(small, case, _of_other_draws)
+
+
+def assert_refused(small: SimpleNamespace, case: str, damage: Damage) -> None:
+    """Load a damaged state of another run: what follows is as if it had not been tried."""
+    other, run, untouched = (small.build(case, seed=seed) for seed in (0, 1, 1))
+    for step in range(4):
+        other.step(small.batches(step))
+        for each in (run, untouched):
+            each.step(small.batches(50 + step))
+    state = copy.deepcopy(other.method.state_dict(other.optimizer))
+    damage(state)
+    with pytest.raises(PERSONS_MISTAKES):
+        run.method.load_state_dict(state, run.optimizer)
+    small.assert_same_state(run.state(), untouched.state())
+    assert torch.equal(run.method.stack.values, untouched.method.stack.values)
+    assert run.method.ranks() == untouched.method.ranks()
+    for step in range(4, 6):
+        assert run.step(small.batches(step)) == untouched.step(small.batches(step))
+    small.assert_same_state(run.state(), untouched.state())

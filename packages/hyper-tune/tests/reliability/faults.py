@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hyper_tune import checkpoint
+from hyper_tune.metrics import Metrics
 from hyper_tune.torchtune import recipe
 from hyper_tune.torchtune.data import FileDataset
 from hyper_tune.torchtune.recipe import FineTuning
@@ -112,6 +113,7 @@ def install(fault: dict[str, Any]) -> None:
         "allocation": (RankAllocator, "_allocate"),
         "collect": (recipe, "state_of"),
         "write": (checkpoint, "commit"),
+        "row": (Metrics, "append"),
         "restore": (recipe, "restore_"),
         "step": (FineTuning, "_train_step"),
         "compare": (recipe, "replicated_tensors"),

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from hyper_tune.cli.options import Picture
 from hyper_tune.cli.table import print_table
 from hyper_tune.comparison import compare_figures, compare_settings
 from hyper_tune.report import loss_figure
@@ -15,9 +16,7 @@ from hyper_tune.run_record import RunRecord
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, finished or not.")],
     *,
-    png: Annotated[
-        Path | None, typer.Option(help="Draw losses and ranks over steps into this file.")
-    ] = None,
+    png: Picture = None,
 ) -> None:
     """Show losses, time, memory and ranks of runs, and the settings in which they differ."""
     records = [RunRecord.read(path) for path in runs]

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from hyper_tune.cli.options import Picture
 from hyper_tune.run_record import RunRecord
 from rank_budget.report import rank_heatmap
 from rank_budget.tables import rank_table
@@ -16,7 +17,7 @@ def ranks(
     step: Annotated[
         int | None, typer.Option(help="Of this step's checkpoint; needs torchtune.")
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw the table into this file, too.")] = None,
+    png: Picture = None,
 ) -> None:
     """Show the live ranks by layer and module: of the finished run, or the newest checkpoint."""
     live, initial = _ranks(run, step)

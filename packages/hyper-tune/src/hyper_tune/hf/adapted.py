@@ -234,7 +234,8 @@ class AdaptedModel:
         """Restore what `state_dict` returned; a step under way is dropped.
 
         Raises:
-            UserError: it is of another model or method, or of a run of another length.
+            UserError: it is of another model or method, or of a run of another length; the state
+                is what it was.
         """
         total = state["total_steps"]
         if self.total_steps is not None and total != self.total_steps:
@@ -242,12 +243,17 @@ class AdaptedModel:
                 f"the checkpoint is of a run of {total} steps, and this one has "
                 f"{self.total_steps}; its pruning would be another. Train for {total} steps."
             )
-        if total is not None:
-            self.plan_(total)
         if self._step is not None:
             step, self._step = self._step, None
             step.__exit__(UserError, None, None)
-        self.method.load_state_dict(state["method"])
+        before = self.total_steps, self.method.allocator
+        try:
+            if total is not None:
+                self.plan_(total)
+            self.method.load_state_dict(state["method"])
+        except BaseException:
+            self.total_steps, self.method.allocator = before
+            raise
         self.steps, self.skipped = state["steps"], state["skipped"]
         self._stale = True
 

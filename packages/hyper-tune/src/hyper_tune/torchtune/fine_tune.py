@@ -1,5 +1,7 @@
 """A configuration, run from its start to a folder that explains itself."""
 
+from functools import partial
+
 from omegaconf import DictConfig, OmegaConf
 
 from hyper_tune import parallel
@@ -20,9 +22,12 @@ def fine_tune(config: DictConfig) -> None:
     """
     settings = RecipeSettings.from_config(config)
     with FineTuning(settings) as run:
-        if parallel.rank() == 0:
-            run.folder.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
-            run.folder.starts.append(start_record(run.device))
-            run.loggers.log_config(config)
+        parallel.on_rank_zero(partial(_record_start, run, config), run.device)
         run.train()
         parallel.on_rank_zero(lambda: write_report(run.folder.path), run.device)
+
+
+def _record_start(run: FineTuning, config: DictConfig) -> None:
+    run.folder.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    run.folder.starts.append(start_record(run.device))
+    run.loggers.log_config(config)

@@ -34,9 +34,12 @@ class Loggers:
     ) -> None:
         self._warn = warn
         self._loggers: list[Any] = []
-        if parallel.rank() == 0:
-            for section in sections:
+        try:
+            for section in sections if parallel.rank() == 0 else ():
                 self._loggers.append(_made(section))
+        except BaseException:
+            self.close()
+            raise
         self._each(lambda logger: _begin_after(logger, step))
 
     def log_config(self, config: DictConfig) -> None:

@@ -62,6 +62,7 @@ class FineTuning:
         self._saved_step = 0
         self._peers = Peers()
         self._stop = StopRequest()
+        self.writing = parallel.HeldFailure()
         self.seconds: list[float] = []
         self.loggers = Loggers([], step=0, warn=say)
 
@@ -69,8 +70,7 @@ class FineTuning:
         try:
             self._build()
         except BaseException as error:
-            self.folder.close()
-            self._explain(error)
+            self.__exit__(type(error), error, error.__traceback__)
             raise
         return self
 
@@ -194,7 +194,7 @@ class FineTuning:
             self.method.write_factors_()
             row["validation_loss"] = self._held_out_loss(self.data.held_out)
         if parallel.rank() == 0:
-            self.folder.metrics.append(row)
+            self.writing.attempt(lambda: self.folder.metrics.append(row))
         self._count_skipped(report)
         # A skipped step waits for the next one, which tells whether the run can go on.
         settled = report.finite or self.step == self.total_steps
@@ -222,14 +222,16 @@ class FineTuning:
             rank=rank,
         )
         self.model.train()
-        with self.method.step(
-            self.optimizer, settings.clip_grad_norm, lambda: self._stop.requested
-        ) as step:
+        with self.method.step(self.optimizer, settings.clip_grad_norm, self._ends) as step:
             for positions in batches:
                 samples = [self.data.order.at(position) for position in positions]
                 batch = collate(samples, self.tokenizer.pad_id, self.device)
                 step.backward(batch.loss_sum(self._logits(batch)), batch.label_count())
         return step.report
+
+    def _ends(self) -> bool:
+        """Whether the run is to stop; what could not be written is raised by the save."""
+        return self._stop.requested or self.writing.failed
 
     def _logits(self, batch: Batch) -> Sequence[Tensor]:
         with self.offloading:
@@ -291,5 +293,6 @@ class FineTuning:
         )
 
     def _finish(self) -> None:
+        parallel.together(self.writing.release, self.device)
         after = self.evaluate()
         parallel.on_rank_zero(lambda: write_results(self, after), self.device)

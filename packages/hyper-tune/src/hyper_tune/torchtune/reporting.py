@@ -73,7 +73,7 @@ class Reporter:
     def _diagnose(self, step: int) -> None:
         run = self._run
         found: MethodDiagnosis = diagnose_method(run.method)
-        run.folder.diagnoses.append(found.row(step))
+        run.writing.attempt(lambda: run.folder.diagnoses.append(found.row(step)))
         run.loggers.log(found.scalars(), step)
         if find_spec("matplotlib") is not None:
             initial = run.settings.method.init_rank

@@ -18,7 +18,9 @@ def state_of(run: "FineTuning") -> dict[str, Any]:
     Raises:
         UserError: a trained tensor is not finite; saving it could push out the last good one.
         TypeError, ValueError: it has a value that no checkpoint can hold; its path is named.
+        OSError: a row of figures could not be written, so that the run cannot go on.
     """
+    run.writing.release()
     unfit = [name for name, value in run.method.owner.named_parameters() if not _finite(value)]
     if unfit:
         raise UserError(
