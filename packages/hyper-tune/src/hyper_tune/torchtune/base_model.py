@@ -129,9 +129,18 @@ def dtype_of(settings: RecipeSettings) -> torch.dtype:
 
 
 def build_on_meta(settings: RecipeSettings) -> TransformerDecoder:
-    """Build the decoder without memory; `load_` gives it weights."""
+    """Build the decoder without memory; `load_` gives it weights.
+
+    Raises:
+        UserError: the section ``model`` does not make one, or not one that can be quantised.
+    """
     with training.set_default_dtype(dtype_of(settings)), torch.device("meta"):
-        model: TransformerDecoder = build("model", settings.model)
+        model = build("model", settings.model)
+    if not isinstance(model, TransformerDecoder):
+        raise UserError(
+            f"model: {settings.model['_component_']} makes no decoder of torchtune's; name one, "
+            "such as torchtune.models.llama3_1.llama3_1_8b."
+        )
     if settings.quantize_base:
         quantisable(model)  # refuses what is not
     return model

@@ -1,5 +1,6 @@
 """Optimizer and learning rate of a run, refused at the start where they could not carry it out."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.optim import Optimizer
 
 from hyper_tune.checks import require_number
 from hyper_tune.errors import UserError
-from hyper_tune.torchtune.components import build
+from hyper_tune.torchtune.components import build, find_component
 from hyper_tune.torchtune.settings import Component
 
 
@@ -34,6 +35,11 @@ def _rehearse(component: Component, like: Tensor) -> None:
     if not isinstance(trial, Optimizer):
         raise UserError(f"optimizer: {name} makes no optimizer; name torch.optim.Adam, or another.")
     for group in trial.param_groups:
+        if isinstance(group["lr"], Tensor):
+            raise UserError(
+                f"optimizer: {name} keeps its learning rate as a tensor, which checkpoints and "
+                "logs here do not; name torch.optim.Adam, or another of torch's."
+            )
         require_number("optimizer.lr", group["lr"], least=0)
     try:
         trial.step()
@@ -56,4 +62,10 @@ def build_scheduler(component: Component, optimizer: Optimizer, total_steps: int
     if "num_warmup_steps" in component:
         warmup = component["num_warmup_steps"]
         require_number("lr_scheduler.num_warmup_steps", warmup, whole=True, least=0)
+    builder = find_component("lr_scheduler", component)
+    if "num_training_steps" not in inspect.signature(builder).parameters:
+        raise UserError(
+            f"lr_scheduler: {component['_component_']} takes no num_training_steps; name one that "
+            "does, such as torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup."
+        )
     return build("lr_scheduler", component, optimizer, num_training_steps=total_steps)

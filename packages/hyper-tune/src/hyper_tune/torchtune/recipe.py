@@ -78,8 +78,8 @@ class FineTuning:
     def _build(self) -> None:
         settings = self.settings
         check_files(settings)
-        check_compilation(settings)
         device = parallel.usable_device(settings.device)
+        check_compilation(settings)
         self.device = parallel.start(device, settings.collective_timeout_seconds)
         base_layout(settings)  # refuses a job of another size
         self._peers = Peers.meet(self.device)

@@ -181,6 +181,11 @@ def _fit(
 ) -> Samples:
     """Return samples that fit the model, packed if they are to be; the first one is read."""
     samples: Samples
+    if not hasattr(built, "__len__"):
+        raise UserError(
+            f"{name}: {section['_component_']} makes no data set of a known size; name one of "
+            "torchtune.datasets, or hyper_tune.torchtune.streaming.StreamedDataset."
+        )
     if isinstance(built, FileDataset):
         built.refuse_unfit(limit, vocabulary)
         samples = built
