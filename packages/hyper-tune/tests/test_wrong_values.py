@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from hyper_tune.errors import UserError
+from hyper_tune.parallel import usable_device
 from hyper_tune.torchtune import optimization
+from hyper_tune.torchtune.rehearsal import rehearse
+from hyper_tune.torchtune.settings import RecipeSettings
 
 Failing = Callable[..., str]
 
@@ -162,8 +167,8 @@ def test_the_trial_of_an_optimizer_leaves_the_run_as_it_was(
 ) -> None:
     # The same run without the trial.
     states = []
-    for rehearse in (optimization._rehearse, lambda *_: None):
-        monkeypatch.setattr(optimization, "_rehearse", rehearse)
+    for attempt in (optimization.try_optimizer, lambda *_: None):
+        monkeypatch.setattr(optimization, "try_optimizer", attempt)
         config = make_config()
         folder = config.parent / f"run{len(states)}"
         run(config, f"output_dir={folder}")
@@ -171,3 +176,16 @@ def test_the_trial_of_an_optimizer_leaves_the_run_as_it_was(
     with_trial, without = states
     assert with_trial.keys() == without.keys()
     assert all(torch.equal(with_trial[name], without[name]) for name in without)
+
+
+def test_a_plan_refuses_the_optimizer_that_a_run_would(make_config: Callable[..., Path]) -> None:
+    component = {"_component_": "torch.optim.LBFGS"}
+    settings = RecipeSettings.from_config(OmegaConf.load(make_config(optimizer=component)))
+    with pytest.raises(UserError, match=r"^optimizer: torch\.optim\.LBFGS cannot take a step: "):
+        rehearse(settings, 8)
+
+
+@pytest.mark.parametrize("name", ["mps", "tpu", "", "cuda:x"])
+def test_a_device_of_another_kind_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"^device is '{name}'; expected cpu or cuda\\.$"):
+        usable_device(name)

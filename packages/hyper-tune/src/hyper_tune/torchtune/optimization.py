@@ -21,13 +21,17 @@ def build_optimizer(component: Component, parameters: Sequence[Tensor]) -> Optim
         UserError: it cannot be built, cannot take a step as a run does, or its learning rate is no
             number.
     """
-    _rehearse(component, parameters[0])
+    try_optimizer(component, parameters[0])
     optimizer: Optimizer = build("optimizer", component, list(parameters))
     return optimizer
 
 
-def _rehearse(component: Component, like: Tensor) -> None:
-    """Take a step of an optimizer of its own on a few numbers; some refuse only then."""
+def try_optimizer(component: Component, like: Tensor) -> None:
+    """Take a step on four numbers, of the dtype and device of ``like``; some refuse only then.
+
+    Raises:
+        UserError: as `build_optimizer`.
+    """
     few = torch.zeros(2, 2, dtype=like.dtype, device=like.device, requires_grad=True)
     few.grad = torch.ones_like(few)
     name = component["_component_"]
