@@ -116,6 +116,7 @@ def test_a_wrong_value_is_named_with_its_rule(fails: Failing, override: str, mes
     [
         ("model.norm_eps=small", "model.norm_eps is 'small', but must be a number"),
         ("model.num_layers=2.0", "model.num_layers is 2.0, but must be a whole number"),
+        ("model.num_layers=true", "model.num_layers is True, but must be a whole number"),
         ("optimizer.lr=null", "optimizer.lr is None, but must be a number"),
         ("optimizer.amsgrad=1", "optimizer.amsgrad is 1, but must be True or False"),
         ("optimizer.fused=maybe", "optimizer.fused is 'maybe', but must be True or False or null"),
