@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torchtune.models.qwen2_5._tokenizer import QWEN2_5_SPECIAL_TOKENS
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hyper_tune.cli.main import main
+from hyper_tune.torchtune.cli import main as tune
 from hyper_tune.torchtune.fine_tune import fine_tune
 
 SIZES = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "feed_forward": 48, "length": 256}
@@ -231,6 +233,28 @@ def run() -> Callable[..., None]:
     return run_in_process
 
 
+@pytest.fixture
+def fails(
+    make_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., str]:
+    """Return what runs the command, expects status 2, and returns the message."""
+
+    def run(*overrides: str, config: str | None = None, **keys: Any) -> str:
+        chosen = config or str(make_config(**keys))
+        monkeypatch.setattr(sys, "argv", ["recipe", "--config", chosen, *overrides])
+        with pytest.raises(SystemExit) as stop:
+            tune()
+        said = capsys.readouterr().err
+        assert stop.value.code == 2, said
+        assert "Traceback" not in said
+        message = said[said.index("error: ") :]
+        return message.removeprefix("error: ").rstrip()
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Keep torch from starting threads for matrices this small."""
@@ -255,7 +279,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Return what runs a command that is refused, and returns its one line."""
 
     def run(*arguments: object) -> str:

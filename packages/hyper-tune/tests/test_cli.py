@@ -42,14 +42,14 @@ def test_ls_lists_every_recipe_configuration_and_data_set(said: Callable[..., st
 
 @pytest.mark.parametrize("name", ["llama3_1_8b", "hyper-tune/hyperadalora_full", "data=gsm8k"])
 def test_cp_copies_and_overwrites_nothing_unasked(
-    said: Callable[..., str], fails: Callable[..., str], tmp_path: Path, name: str
+    said: Callable[..., str], refused: Callable[..., str], tmp_path: Path, name: str
 ) -> None:
     target = tmp_path / "mine"
     assert said("cp", name, target) == f"{target}\n"
     text = target.read_text()
     assert "hyperadalora" in text
     target.write_text("changed")
-    assert fails("cp", name, target) == (
+    assert refused("cp", name, target) == (
         f"{target} exists; give another name, or --force to overwrite it."
     )
     assert target.read_text() == "changed"
@@ -59,7 +59,7 @@ def test_cp_copies_and_overwrites_nothing_unasked(
     assert written.parent == tmp_path
     assert written.stem == re.split("[/=]", name)[-1]
     assert written.read_text() == text
-    assert "is not a folder; make it first." in fails("cp", name, tmp_path / "no" / "mine")
+    assert "is not a folder; make it first." in refused("cp", name, tmp_path / "no" / "mine")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def test_ranks_are_those_of_the_run_or_of_a_checkpoint(
     trained: dict[str, Path],
     said: Callable[..., str],
-    fails: Callable[..., str],
+    refused: Callable[..., str],
     tmp_path: Path,
 ) -> None:
     first, third = trained["first"], trained["third"]
@@ -100,7 +100,7 @@ def test_ranks_are_those_of_the_run_or_of_a_checkpoint(
     assert at_four != expected
     said("ranks", first, "--png", tmp_path / "ranks.png")
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
-    assert fails("ranks", first, "--step", 5) == (
+    assert refused("ranks", first, "--step", 5) == (
         f"{first / 'checkpoints'} has no checkpoint of step 5; it has 4, 8."
     )
 
@@ -172,7 +172,7 @@ def test_generate_answers_as_the_exported_model_does(
     make_config: ConfigMaker,
     run: Run,
     said: Callable[..., str],
-    fails: Callable[..., str],
+    refused: Callable[..., str],
     request: pytest.FixtureRequest,
     family: str,
 ) -> None:
@@ -203,7 +203,7 @@ def test_generate_answers_as_the_exported_model_does(
     assert drawn[0] == drawn[1] != drawn[2]
     cold = said("generate", folder, "Why?", "--temperature", 1e-4, "--max-new-tokens", 12)
     assert cold == f"{expected[1]}\n" != drawn[0]
-    assert "but the model reads 256; shorten it" in fails("generate", folder, "Why? " * 60)
+    assert "but the model reads 256; shorten it" in refused("generate", folder, "Why? " * 60)
 
 
 def prompt(tokenizer: Any, question: str) -> list[int]:
@@ -220,7 +220,7 @@ def test_a_moved_base_is_found_where_it_is_said_to_be(
     run: Run,
     llama: dict[str, Any],
     said: Callable[..., str],
-    fails: Callable[..., str],
+    refused: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     old = Path(llama["checkpointer"]["checkpoint_dir"])
@@ -237,9 +237,9 @@ def test_a_moved_base_is_found_where_it_is_said_to_be(
     said("export", folder, tmp_path / "adapter")
     said(*export, "--base", old)
     assert said("generate", folder, "Why?", "--base", old, "--max-new-tokens", 2)
-    assert fails("export", folder, tmp_path / "adapter") == (
+    assert refused("export", folder, tmp_path / "adapter") == (
         f"{tmp_path / 'adapter'} exists; give a folder that does not."
     )
-    assert "--dtype bf16 is for --format merged" in fails(
+    assert "--dtype bf16 is for --format merged" in refused(
         "export", folder, tmp_path / "x", "--dtype", "bf16"
     )

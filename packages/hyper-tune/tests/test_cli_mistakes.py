@@ -9,31 +9,31 @@ from pathlib import Path
 import pytest
 
 
-def test_a_wrong_command_line_is_one_line(fails: Callable[..., str], tmp_path: Path) -> None:
-    assert "Did you mean llama3_1_8b?" in fails("cp", "lama3_1_8b", "x")
-    assert "Did you mean hyper-tune/hyperdora_full?" in fails("cp", "hyperdora_ful", "x")
-    assert "lama3_1_8b" in fails("plan", "--config", "lama3_1_8b")
-    assert fails() == "Missing command."
-    assert "No such command" in fails("train")
-    assert "No such option" in fails("ls", "--all")
-    assert fails("ranks", tmp_path) == f"{tmp_path} is not a run folder: it has no config.yaml."
-    assert fails("compare", tmp_path / "no") == f"{tmp_path / 'no'} does not exist."
-    assert "such as h100-80" in fails("plan", "--config", "tiny_llama", "--gpu", "h100")
-    assert fails("plan", "--config", "tiny_llama", "batch_sise=2").startswith(
+def test_a_wrong_command_line_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "Did you mean llama3_1_8b?" in refused("cp", "lama3_1_8b", "x")
+    assert "Did you mean hyper-tune/hyperdora_full?" in refused("cp", "hyperdora_ful", "x")
+    assert "lama3_1_8b" in refused("plan", "--config", "lama3_1_8b")
+    assert refused() == "Missing command."
+    assert "No such command" in refused("train")
+    assert "No such option" in refused("ls", "--all")
+    assert refused("ranks", tmp_path) == f"{tmp_path} is not a run folder: it has no config.yaml."
+    assert refused("compare", tmp_path / "no") == f"{tmp_path / 'no'} does not exist."
+    assert "such as h100-80" in refused("plan", "--config", "tiny_llama", "--gpu", "h100")
+    assert refused("plan", "--config", "tiny_llama", "batch_sise=2").startswith(
         "configuration has no key 'batch_sise'; did you mean 'batch_size'?"
     )
-    assert fails("plan", "--config", "tiny_llama", "--method", "dorra").startswith(
+    assert refused("plan", "--config", "tiny_llama", "--method", "dorra").startswith(
         "--method is 'dorra', but must be one of lora, adalora, "
     )
-    assert "overrides are written key=value, or ~key" in fails(
+    assert "overrides are written key=value, or ~key" in refused(
         "plan", "--config", "tiny_llama", "batch"
     )
-    assert fails("plan", "--config", "tiny_llama", "--length", 257) == (
+    assert refused("plan", "--config", "tiny_llama", "--length", 257) == (
         "samples of 257 tokens are planned, but the model reads 256; give a --length up to that."
     )
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     (tmp_path / "metrics.jsonl").write_text("{}\nno\n")
-    assert fails("compare", tmp_path).startswith(f"the figures in {tmp_path} are not JSON: ")
+    assert refused("compare", tmp_path).startswith(f"the figures in {tmp_path} are not JSON: ")
 
 
 @pytest.mark.parametrize(
@@ -77,21 +77,21 @@ def finished_run(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("verb", ["ranks", "compare"])
 def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_read(
-    fails: Callable[..., str], tmp_path: Path, verb: str
+    refused: Callable[..., str], tmp_path: Path, verb: str
 ) -> None:
     unread = tmp_path / "no run"
     for name in ("x.abc", "x.raw", "x", ".png", "png"):
-        assert fails(verb, unread, "--png", tmp_path / name) == (
+        assert refused(verb, unread, "--png", tmp_path / name) == (
             f"--png is '{tmp_path / name}', but must end in one of .pdf, .png, .svg; choose one."
         )
     nowhere = tmp_path / "no" / "x.png"
-    assert fails(verb, unread, "--png", nowhere) == (
+    assert refused(verb, unread, "--png", nowhere) == (
         f"--png is '{nowhere}', but {nowhere.parent} is not a folder; name a file in one that "
         "exists."
     )
     folder = tmp_path / "folder.png"
     folder.mkdir()
-    assert fails(verb, unread, "--png", folder) == (
+    assert refused(verb, unread, "--png", folder) == (
         f"--png is '{folder}', but {folder} is a folder; name a file in one that exists."
     )
 

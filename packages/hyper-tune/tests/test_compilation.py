@@ -1,5 +1,6 @@
 """What cannot be compiled is refused before the base is read."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,19 @@ def test_a_backend_that_torch_has_not_is_refused_before_the_base_is_read(
     check_compilation(settings_of(make_config(compile=False)))
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
     check_compilation(settings_of(make_config(compile=True)))
+
+
+def test_a_backend_whose_package_is_missing_is_refused(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "tvm")  # which torch lists all the same
+    with pytest.raises(UserError) as caught:
+        check_compilation(settings_of(make_config(compile=True)))
+    assert re.fullmatch(
+        r"compile is True, but TORCH_COMPILE_BACKEND=tvm compiles nothing here \(Please install "
+        r"apache-tvm .*\); choose another backend, or set compile=False\.",
+        str(caught.value),
+    )
 
 
 def test_a_machine_without_a_compiler_is_told(

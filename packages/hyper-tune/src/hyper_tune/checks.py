@@ -17,9 +17,11 @@ def require(condition: bool, field: str, value: object, rule: str, remedy: str) 
         raise UserError(f"{field} is {value!r}, but {rule}; {remedy}.")
 
 
-def require_choice(field: str, value: str, choices: Mapping[str, object] | tuple[str, ...]) -> None:
+def require_choice(
+    field: str, value: object, choices: Mapping[str, object] | tuple[str, ...]
+) -> None:
     """Raise a `UserError` that lists the choices and the nearest name."""
-    if value in choices:
+    if isinstance(value, str) and value in choices:
         return
     near = difflib.get_close_matches(str(value), list(choices), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "choose one of them."

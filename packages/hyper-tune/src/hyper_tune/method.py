@@ -146,7 +146,8 @@ class MethodConfig:
     def _require_names(self, field: str) -> None:
         """Take one name or a list for a tuple, as PEFT does; refuse what is no name."""
         value: Any = getattr(self, field)
-        if isinstance(value, list) or (isinstance(value, str) and value != ALL_LINEAR):
+        is_all = field == "target_modules" and value == ALL_LINEAR
+        if isinstance(value, list) or (isinstance(value, str) and not is_all):
             value = tuple(value) if isinstance(value, list) else (value,)
             object.__setattr__(self, field, value)
         names = isinstance(value, (str, tuple)) and all(isinstance(name, str) for name in value)

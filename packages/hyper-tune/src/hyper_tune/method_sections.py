@@ -73,7 +73,8 @@ class HypernetworkSettings:
             require_choice(f"{section}.{name}", getattr(self, name), get_args(kind))
         require_flag(f"{section}.embeddings", self.embeddings)
         self._default_of(section, "relaxation", 0.5, "state", "damped")
-        require_number(f"{section}.relaxation", self.relaxation or 0.5, above=0, most=1)
+        if self.relaxation is not None:
+            require_number(f"{section}.relaxation", self.relaxation, above=0, most=1)
         self._default_of(section, "gradient_decay", 0.99, "gradient_normalisation", "token_rms")
         decay = 0.99 if self.gradient_decay is None else self.gradient_decay
         require_number(f"{section}.gradient_decay", decay, least=0)
@@ -98,6 +99,8 @@ class HypernetworkSettings:
                 f"{section} has both preset {self.preset!r} and body {self.body!r}; a preset says "
                 "body and sizes: leave one of them out."
             )
+        if not isinstance(self.sizes, Mapping):
+            raise UserError(f"{section}.sizes is {self.sizes!r}, but must be a section of keys.")
         if self.body is None:
             require(
                 not self.sizes,
@@ -106,12 +109,10 @@ class HypernetworkSettings:
                 "sizes are of a body, and none is named",
                 f"name {section}.body",
             )
-            object.__setattr__(self, "preset", self.preset or _PAPER)
-            require_choice(f"{section}.preset", str(self.preset), PRESETS)
+            object.__setattr__(self, "preset", _PAPER if self.preset is None else self.preset)
+            require_choice(f"{section}.preset", self.preset, PRESETS)
             return
         require_choice(f"{section}.body", self.body, BODIES)
-        if not isinstance(self.sizes, Mapping):
-            raise UserError(f"{section}.sizes is {self.sizes!r}, but must be a section of keys.")
         known = {size.name for size in fields(BODIES[self.body])}
         known_fields(f"{section}.sizes", self.sizes, known)
         whole = {n: tuple(v) if isinstance(v, list) else v for n, v in self.sizes.items()}

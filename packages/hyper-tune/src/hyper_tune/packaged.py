@@ -133,7 +133,8 @@ def read_config(path: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:
-        raise UserError(f"{path} is not a readable YAML file: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a readable YAML file: {reason}.") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} must hold keys and values, such as `seed: 0`.")
     return loaded

@@ -76,8 +76,10 @@ def usable_device(name: str) -> torch.device:
     """Return the device of a name such as "cpu" or "cuda".
 
     Raises:
-        UserError: the name is unknown, or this machine has no such device.
+        UserError: the name is of neither, or this machine has no such device.
     """
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device is {name!r}; expected cpu or cuda.")
     try:
         device = torch.device(name)
     except RuntimeError as error:

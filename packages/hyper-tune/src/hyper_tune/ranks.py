@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hyper_tune.checks import require
 from hyper_tune.method import MethodConfig, SamplingSettings
 from hyper_tune.parallel import broadcast_
 from lowrank_adapters import FactorStack, LowRankLinear, RankSampler
@@ -88,6 +89,8 @@ def make_allocator(config: MethodConfig, stack: FactorStack, total_steps: int) -
     ]
     initial = sum(group.rank_mask.numel() for group in matrices)
     budget = round(config.budget * sum(len(group.names) for group in matrices))
+    rule = f"leaves none of the {initial} ranks"
+    require(budget >= 1, "method.budget", config.budget, rule, "raise it")
     if settings.count is None:
         schedule = FixedPruning.over(
             initial=initial,

@@ -43,7 +43,7 @@ class RunRecord:
         settings = {str(key): value for key, value in config.items()}
         summary = path / "summary.json"
         try:
-            return cls(
+            record = cls(
                 path,
                 settings,
                 folder.metrics.rows(),
@@ -52,6 +52,8 @@ class RunRecord:
             )
         except ValueError as error:
             raise UserError(f"the figures in {path} are not JSON: {error}.") from error
+        _refuse_foreign(record)
+        return record
 
     def figures(self, key: str) -> list[tuple[int, float]]:
         """Return step and value wherever a step has a figure of that name.
@@ -62,3 +64,24 @@ class RunRecord:
         [(2, 0.5)]
         """
         return [(row["step"], row[key]) for row in self.rows if row.get(key) is not None]
+
+
+_SUMMARY = {
+    **{"before": dict, "after": dict, "ranks": dict, "initial_rank": int},
+    **{"total_ranks": int, "trainable_parameters": int, "factor_parameters": int},
+}
+
+
+def _refuse_foreign(record: RunRecord) -> None:
+    """Refuse figures that are JSON, and not those of a run."""
+    for number, row in enumerate(record.rows):
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(
+                f"{record.path}/metrics.jsonl:{number + 1} is no row of a run's figures."
+            )
+    if record.summary is None:
+        return
+    there: Any = record.summary
+    for key, kind in _SUMMARY.items():
+        if not isinstance(there, dict) or not isinstance(there.get(key), kind):
+            raise UserError(f"{record.path}/summary.json is not of a run: it lacks {key!r}.")

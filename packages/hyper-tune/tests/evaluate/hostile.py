@@ -3,7 +3,10 @@
 Each is small: on a machine without a sandbox it would do no lasting harm.
 """
 
-# Wrong answers that claim to be right. Their tests want f(3) == 9 and f(4) == 16.
+# What the programs are asked.
+SQUARES = "def check(f):\n    assert f(3) == 9\n    assert f(4) == 16\n"
+
+# Wrong answers that claim to be right.
 FORGERIES = {
     "equal to everything": """
 class Anything:
@@ -222,3 +225,13 @@ ENDLESS = {
     "output": ("def f(n):\n    while True: print('a' * 65536)", "SIGKILL"),
     "a crash": ("import ctypes\ndef f(n): ctypes.string_at(0)", "SIGSEGV"),
 }
+
+
+def outcome(attempt: str) -> str:
+    """A program whose f says by which exception an attempt failed, or what it brought."""
+    return (
+        f"{attempt}\n"
+        "def f():\n"
+        "    try: return f'it worked: {str(attempt())[:50]}'\n"
+        "    except BaseException as error: return [k.__name__ for k in type(error).__mro__]\n"
+    )

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PERSONS_MISTAKES as error:
         return _report(str(error))
     except typer.TyperException as error:
-        return _report(error.format_message())
+        return _report(" ".join(error.format_message().split()))
     except OSError as error:
         return _report(f"{error}.")
     except ModuleNotFoundError as error:

@@ -1,7 +1,6 @@
 """The frozen base: found on disk, built on the meta device, sharded, loaded."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from hyper_tune.layout import BaseLayout, own_shard
 from hyper_tune.parallel import rank, shard_base_, world_size
 from hyper_tune.torchtune.components import build
 from hyper_tune.torchtune.nf4 import quantisable, quantised
-from hyper_tune.torchtune.settings import RecipeSettings
+from hyper_tune.torchtune.same_model import check_config_file, refuse_other_model
+from hyper_tune.torchtune.settings import TOKENIZER_FILES, RecipeSettings
 from hyper_tune.torchtune.weights import WeightFiles
 from lowrank_adapters import LowRankLinear, freeze_base_, inside_adapters
 
-TOKENIZER_FILES = ("path", "merges_file", "special_tokens_path")
 OUTPUT_CHUNKS = 8
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -51,7 +50,7 @@ def check_files(settings: RecipeSettings) -> None:
             f"no base model in {folder.absolute()}: {found} "
             f"({len(missing)} of {len(wanted)} files missing).\n{_remedy(settings, folder)}"
         )
-    _check_config_file(folder)
+    check_config_file(folder, str(settings.checkpointer["model_type"]))
     for key in TOKENIZER_FILES:
         path = settings.tokenizer.get(key)
         if path is not None and not Path(path).is_file():
@@ -77,8 +76,12 @@ def weight_files(checkpointer: Mapping[str, Any]) -> list[str]:
     """
     files = checkpointer.get("checkpoint_files")
     if isinstance(files, Mapping):
-        formatted = FormattedCheckpointFiles.from_dict(dict(files))
-        return [str(name) for name in formatted.build_checkpoint_filenames()]
+        try:
+            formatted = FormattedCheckpointFiles.from_dict(dict(files))
+            return [str(name) for name in formatted.build_checkpoint_filenames()]
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"checkpointer.checkpoint_files: {reason}") from error
     if not isinstance(files, list) or not files:
         raise UserError("checkpointer.checkpoint_files must list files, or give a filename_format.")
     return [str(name) for name in files]
@@ -120,25 +123,24 @@ def base_digest(settings: RecipeSettings) -> str:
     return digest.hexdigest()
 
 
-def _check_config_file(folder: Path) -> None:
-    path = folder / "config.json"
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}; fetch it again.") from error
-    if not isinstance(loaded, dict) or "num_attention_heads" not in loaded:
-        raise UserError(f"{path} has no num_attention_heads; give the config.json of the model.")
-
-
 def dtype_of(settings: RecipeSettings) -> torch.dtype:
     """Return the dtype of the frozen base."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
 
 
 def build_on_meta(settings: RecipeSettings) -> TransformerDecoder:
-    """Build the decoder without memory; `load_` gives it weights."""
+    """Build the decoder without memory; `load_` gives it weights.
+
+    Raises:
+        UserError: the section ``model`` does not make one, or not one that can be quantised.
+    """
     with training.set_default_dtype(dtype_of(settings)), torch.device("meta"):
-        model: TransformerDecoder = build("model", settings.model)
+        model = build("model", settings.model)
+    if not isinstance(model, TransformerDecoder):
+        raise UserError(
+            f"model: {settings.model['_component_']} makes no decoder of torchtune's; name one, "
+            "such as torchtune.models.llama3_1.llama3_1_8b."
+        )
     if settings.quantize_base:
         quantisable(model)  # refuses what is not
     return model
@@ -203,7 +205,7 @@ def load_(
     try:
         files = weight_files(settings.checkpointer)
         weights = WeightFiles(folder, files, str(settings.checkpointer["model_type"]))
-        _refuse_other_model(model, weights.shapes(), layers, settings)
+        refuse_other_model(model, weights.shapes(), layers, settings)
         places = model.state_dict(keep_vars=True)
         layers_in_nf4 = quantisable(model).values() if settings.quantize_base else ()
         in_nf4 = {id(layer.weight) for layer in layers_in_nf4}
@@ -240,31 +242,3 @@ def _held(
     if isinstance(place, DTensor):
         return own_shard(whole, place, dtype).to(shards_on)
     return whole.to(device, dtype, copy=True)
-
-
-def _refuse_other_model(
-    model: nn.Module,
-    shapes: Mapping[str, tuple[int, ...]],
-    layers: Mapping[str, LowRankLinear],
-    settings: RecipeSettings,
-) -> None:
-    got = {inside_adapters(name, layers): shape for name, shape in shapes.items()}
-    factors = {
-        f"{name}.{key}"
-        for name, layer in layers.items()
-        for key, _ in [*layer.factors(), *layer.named_buffers(recurse=False)]
-    }
-    expected = {
-        name: tuple(value.shape)
-        for name, value in model.state_dict().items()
-        if name not in factors
-    }
-    wrong = [name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)]
-    if wrong:
-        first = min(wrong)
-        raise UserError(
-            f"the checkpoint in {settings.checkpointer['checkpoint_dir']} is of another model: "
-            f"{first} is {got.get(first, 'missing')} there, but {expected.get(first, 'absent')} in "
-            f"{settings.model['_component_']} ({len(wrong)} tensors differ); "
-            "make model and checkpointer name the same model."
-        )

@@ -3,6 +3,8 @@
 import os
 from importlib.util import find_spec
 
+import torch
+
 from hyper_tune.checks import require_choice
 from hyper_tune.errors import UserError
 from hyper_tune.torchtune.settings import RecipeSettings
@@ -11,7 +13,7 @@ BACKEND = "TORCH_COMPILE_BACKEND"
 
 
 def check_compilation(settings: RecipeSettings) -> None:
-    """Refuse ``compile`` with a backend that torch has not, or one that lacks its compiler.
+    """Refuse ``compile`` with a backend that torch has not, or one that does not compile here.
 
     The backend is that of the environment variable TORCH_COMPILE_BACKEND, as torchtune takes it.
 
@@ -25,6 +27,7 @@ def check_compilation(settings: RecipeSettings) -> None:
     backend = os.environ.get(BACKEND, "inductor")
     require_choice(BACKEND, backend, tuple(torch._dynamo.list_backends(exclude_tags=None)))
     if backend != "inductor":
+        _refuse_unusable(backend, settings.device)
         return
     if settings.device == "cuda" and find_spec("triton") is None:
         raise UserError(
@@ -32,6 +35,20 @@ def check_compilation(settings: RecipeSettings) -> None:
         )
     if settings.device == "cpu":
         _refuse_without_compiler()
+
+
+def _refuse_unusable(backend: str, device: str) -> None:
+    """Compile an addition; torch lists backends whose packages are not installed."""
+    compiled = torch.compile(torch.add, backend=backend)
+    try:
+        compiled(torch.ones(2, device=device), torch.ones(2, device=device))
+    except Exception as error:
+        cause = getattr(error, "inner_exception", error)
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(
+            f"compile is True, but {BACKEND}={backend} compiles nothing here ({reason}); choose "
+            "another backend, or set compile=False."
+        ) from error
 
 
 def _refuse_without_compiler() -> None:

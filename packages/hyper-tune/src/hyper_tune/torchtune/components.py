@@ -6,15 +6,25 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
+from torch import Tensor
 from torchtune import config
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 
 from hyper_tune.errors import UserError
 from hyper_tune.torchtune.settings import Component
+
+_KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    NoneType: "null",
+}
 
 
 def build(section: str, component: Component, *arguments: Any, **overrides: Any) -> Any:
@@ -25,14 +35,14 @@ def build(section: str, component: Component, *arguments: Any, **overrides: Any)
             needs; ``section`` is named, and the nearest argument to one it does not have.
     """
     name = component["_component_"]
+    refuse_wrong_kinds(section, component, find_component(section, component))
     try:
         return config.instantiate(OmegaConf.create(dict(component)), *arguments, **overrides)
     except UserError:
         raise
-    except (InstantiationError, TypeError, ValueError, KeyError, OSError) as error:
-        reason = _missing_name(name) or " ".join(
-            (repr(error) if isinstance(error, KeyError) else str(error)).split()
-        )
+    except Exception as error:
+        # Components refuse what they are given by errors of any class.
+        reason = " ".join((repr(error) if isinstance(error, KeyError) else str(error)).split())
         hint = _nearest_argument(component, reason)
         raise UserError(f"{section}: {name} cannot be built: {reason}{hint}") from error
 
@@ -50,6 +60,47 @@ def find_component(section: str, component: Component) -> Callable[..., Any]:
         reason = _missing_name(name) or " ".join(str(error).split())
         raise UserError(f"{section}: {name} cannot be built: {reason}") from error
     return found
+
+
+def refuse_wrong_kinds(section: str, component: Component, builder: Callable[..., Any]) -> None:
+    """Refuse a value of another kind than a builder's annotations say, where these are plain.
+
+    Many builders take any value, such as 'no' for a flag, and act as they happen to.
+
+    Raises:
+        UserError: names the key, its value and what it must be.
+    """
+    try:
+        parameters = inspect.signature(builder, eval_str=True).parameters
+    except Exception:
+        return  # the annotations, or all of it, are not to be had
+    for key, value in component.items():
+        kinds = _plain_kinds(parameters[key]) if key in parameters else ()
+        if kinds and not any(_is_a(value, kind) for kind in kinds):
+            expected = " or ".join(_KINDS[kind] for kind in kinds)
+            raise UserError(f"{section}.{key} is {value!r}, but must be {expected}; correct it.")
+
+
+def _plain_kinds(parameter: inspect.Parameter) -> tuple[type, ...]:
+    """Return what a parameter may be, of `_KINDS`; empty where it may be something else."""
+    annotation = parameter.annotation
+    union = get_origin(annotation) in (Union, UnionType)
+    # A configuration has no tensors.
+    kinds = [kind for kind in (get_args(annotation) if union else (annotation,)) if kind != Tensor]
+    if parameter.default is None:
+        kinds.append(NoneType)
+    keyed = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    return tuple(dict.fromkeys(kinds)) if keyed and all(map(_is_plain, kinds)) else ()
+
+
+def _is_plain(kind: object) -> bool:
+    return isinstance(kind, type) and kind in _KINDS
+
+
+def _is_a(value: object, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, kind) or (kind is float and isinstance(value, int))
 
 
 def _missing_name(component: str) -> str:

@@ -11,7 +11,7 @@ from torchtune import config
 
 from hyper_tune.checks import known_fields
 from hyper_tune.errors import UserError
-from hyper_tune.torchtune.components import find_component
+from hyper_tune.torchtune.components import find_component, refuse_wrong_kinds
 from hyper_tune.torchtune.settings import Component
 
 # Kinds of files that datasets reads; any other source without a folder of that name is on the Hub.
@@ -28,6 +28,7 @@ def build_dataset(section: str, component: Component, tokenizer: Any) -> Any:
     """
     builder = find_component(section, component)
     _refuse_misspelt(section, component, builder)
+    refuse_wrong_kinds(section, component, builder)
     source = component.get("source", _default_of(builder, "source"))
     if source in _MAY_HOLD_PICKLES:
         raise UserError(

@@ -13,6 +13,8 @@ from hyper_tune.errors import UserError
 from hyper_tune.torchtune.components import build, find_component
 from hyper_tune.torchtune.settings import Component
 
+_ACTS = ("log_config", "log_dict", "close")
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -84,14 +86,13 @@ def _made(section: Component) -> Any:
         raise UserError(
             f"metric_logger.{missing[0]} is missing; {section['_component_']} needs it."
         )
-    try:
-        return build("metric_logger", section)
-    except UserError:
-        raise
-    except Exception as error:
-        # Services refuse by errors of their own libraries.
-        name, reason = section["_component_"], " ".join(str(error).split())
-        raise UserError(f"metric_logger: {name} cannot be built: {reason}") from error
+    logger = build("metric_logger", section)
+    if not all(callable(getattr(logger, name, None)) for name in _ACTS):
+        raise UserError(
+            f"metric_logger: {section['_component_']} makes no logger; name one, such as "
+            "torchtune.training.metric_logging.TensorBoardLogger."
+        )
+    return logger
 
 
 def _is_needed(parameter: inspect.Parameter | None) -> bool:

@@ -29,10 +29,11 @@ from hyper_tune.torchtune.base_model import (
 )
 from hyper_tune.torchtune.batches import Batch, collate
 from hyper_tune.torchtune.compilation import check_compilation
-from hyper_tune.torchtune.components import build, build_tokenizer
+from hyper_tune.torchtune.components import build_tokenizer
 from hyper_tune.torchtune.evaluate import Questions, held_out_loss, peak_memory_mib
 from hyper_tune.torchtune.identity import run_identity
 from hyper_tune.torchtune.loggers import Loggers
+from hyper_tune.torchtune.optimization import build_optimizer, build_scheduler
 from hyper_tune.torchtune.reporting import Reporter
 from hyper_tune.torchtune.results import say, step_row, write_results
 from hyper_tune.torchtune.samples import Samples, open_training_data
@@ -77,8 +78,8 @@ class FineTuning:
     def _build(self) -> None:
         settings = self.settings
         check_files(settings)
-        check_compilation(settings)
         device = parallel.usable_device(settings.device)
+        check_compilation(settings)
         self.device = parallel.start(device, settings.collective_timeout_seconds)
         base_layout(settings)  # refuses a job of another size
         self._peers = Peers.meet(self.device)
@@ -97,13 +98,8 @@ class FineTuning:
             device=self.device,
             split_generation=settings.split_generation,
         )
-        self.optimizer = build("optimizer", settings.optimizer, self.method.parameters())
-        self.scheduler = build(
-            "lr_scheduler",
-            settings.lr_scheduler,
-            self.optimizer,
-            num_training_steps=self.total_steps,
-        )
+        self.optimizer = build_optimizer(settings.optimizer, self.method.parameters())
+        self.scheduler = build_scheduler(settings.lr_scheduler, self.optimizer, self.total_steps)
         warn_of_no_effect(settings, self.total_steps, has_held_out=self.data.held_out is not None)
         self._open_run_folder()
         say(f"loading the base from {describe_files(settings)}")

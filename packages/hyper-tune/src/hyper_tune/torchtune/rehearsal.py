@@ -20,6 +20,7 @@ from hyper_tune.torchtune.base_model import OUTPUT_CHUNKS, build_on_meta, prepar
 from hyper_tune.torchtune.components import build
 from hyper_tune.torchtune.loss import cross_entropy_sum
 from hyper_tune.torchtune.nf4 import quantisable, quantise_on_meta_
+from hyper_tune.torchtune.optimization import try_optimizer
 from hyper_tune.torchtune.settings import RecipeSettings
 from lowrank_adapters import FactorStack, accumulate_orthogonality_gradient_
 
@@ -140,8 +141,9 @@ def _flash_attention(
 
 
 def _optimizer(settings: RecipeSettings, trained: Sequence[Tensor]) -> Optimizer:
-    # One fused kernel computes the same and keeps the same, but not on the meta device.
-    component = {key: value for key, value in settings.optimizer.items() if key != "fused"}
+    # One fused kernel, or one captured, computes the same and keeps the same, but not here.
+    component = {k: v for k, v in settings.optimizer.items() if k not in ("fused", "capturable")}
+    try_optimizer(component, torch.zeros(1))
     optimizer: Optimizer = build("optimizer", component, list(trained))
     return optimizer
 

@@ -11,11 +11,10 @@ from torchtune.datasets import PackedDataset
 from hyper_tune.checks import require
 from hyper_tune.errors import UserError
 from hyper_tune.sampling import derive_seed, sample_at
-from hyper_tune.torchtune.base_model import TOKENIZER_FILES
 from hyper_tune.torchtune.batches import Sample
 from hyper_tune.torchtune.data import FileDataset, refuse_unknown_token
 from hyper_tune.torchtune.loading import build_dataset, columns_of
-from hyper_tune.torchtune.settings import Component, RecipeSettings
+from hyper_tune.torchtune.settings import TOKENIZER_FILES, Component, RecipeSettings
 from hyper_tune.torchtune.streaming import StreamedDataset, StreamOrder
 
 
@@ -182,6 +181,11 @@ def _fit(
 ) -> Samples:
     """Return samples that fit the model, packed if they are to be; the first one is read."""
     samples: Samples
+    if not hasattr(built, "__len__"):
+        raise UserError(
+            f"{name}: {section['_component_']} makes no data set of a known size; name one of "
+            "torchtune.datasets, or hyper_tune.torchtune.streaming.StreamedDataset."
+        )
     if isinstance(built, FileDataset):
         built.refuse_unfit(limit, vocabulary)
         samples = built

@@ -42,6 +42,15 @@ CHECKPOINTER_KEYS = {
     *("recipe_checkpoint", "adapter_checkpoint", "resume_from_checkpoint"),
     *("safe_serialization", "should_load_recipe_state"),
 }
+# Of these, what a run does without: its own keys say whether it resumes and from where.
+CHECKPOINTER_UNREAD = {
+    "recipe_checkpoint": None,
+    "adapter_checkpoint": None,
+    "resume_from_checkpoint": False,
+    "should_load_recipe_state": False,
+    "safe_serialization": True,
+}
+TOKENIZER_FILES = ("path", "merges_file", "special_tokens_path")
 DEVICES = ("cpu", "cuda")
 DTYPES = ("fp32", "bf16")
 
@@ -120,12 +129,12 @@ class RecipeSettings:
         self._check_offloading()
         self._check_split()
         self._check_checkpointer()
+        self._check_tokenizer()
+        for name in ("base_model", "model_dir", "data_dir"):
+            if getattr(self, name) is not None:
+                require_text(name, getattr(self, name))
         if self.exact_match is not None:
-            known_fields("exact_match", self.exact_match, {"path", "format", "max_new_tokens"})
-            if not self.exact_match.get("path"):
-                raise UserError("exact_match.path is missing; give a file of questions, or null.")
-            longest = self.exact_match.get("max_new_tokens", 1)
-            require_number("exact_match.max_new_tokens", longest, whole=True, least=1)
+            _check_exact_match(self.exact_match)
 
     def _check_numbers(self) -> None:
         require_number("seed", self.seed, whole=True)
@@ -184,8 +193,8 @@ class RecipeSettings:
         require(
             component in CHECKPOINTERS, "checkpointer", component, rule, f"use {CHECKPOINTERS[0]}"
         )
-        for key in ("recipe_checkpoint", "adapter_checkpoint"):
-            if self.checkpointer.get(key) is not None:
+        for key, usual in CHECKPOINTER_UNREAD.items():
+            if self.checkpointer.get(key, usual) != usual:
                 raise UserError(f"checkpointer.{key} is not read; remove it.")
         known_fields("checkpointer", self.checkpointer, CHECKPOINTER_KEYS)
         check_model_type(self.checkpointer.get("model_type"))
@@ -194,6 +203,15 @@ class RecipeSettings:
                 "checkpointer.checkpoint_dir is missing; give the folder of the base's weights."
             )
         require_text("checkpointer.checkpoint_dir", self.checkpointer["checkpoint_dir"])
+
+    def _check_tokenizer(self) -> None:
+        for key in TOKENIZER_FILES:
+            if self.tokenizer.get(key) is not None:
+                require_text(f"tokenizer.{key}", self.tokenizer[key])
+        for name, section in {"tokenizer": self.tokenizer, "model": self.model}.items():
+            if section.get("max_seq_len") is not None:
+                longest = section["max_seq_len"]
+                require_number(f"{name}.max_seq_len", longest, whole=True, least=1)
 
     @property
     def metric_loggers(self) -> Sequence[Component]:
@@ -223,6 +241,17 @@ def _check_component(key: str, section: Any) -> None:
             f"configuration: {key} names no component; write {key}._component_=NAME, or give a "
             "section with that key."
         )
+
+
+def _check_exact_match(section: Any) -> None:
+    if not isinstance(section, Mapping):
+        raise UserError(f"exact_match is {section!r}, but must be a section of keys, such as path.")
+    known_fields("exact_match", section, {"path", "format", "max_new_tokens"})
+    if not section.get("path"):
+        raise UserError("exact_match.path is missing; give a file of questions, or null.")
+    require_text("exact_match.path", section["path"])
+    longest = section.get("max_new_tokens", 1)
+    require_number("exact_match.max_new_tokens", longest, whole=True, least=1)
 
 
 def warn_of_no_effect(settings: RecipeSettings, total_steps: int, *, has_held_out: bool) -> None:

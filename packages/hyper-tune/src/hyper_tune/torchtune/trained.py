@@ -60,6 +60,8 @@ def open_trained(
     settings = RecipeSettings.from_config(read_config(folder / "config.yaml"))
     settings = replace(settings, output_dir=folder)
     if base is not None:
+        if not base.is_dir():
+            raise UserError(f"--base {base} is not a folder; give that of the base model.")
         settings = _moved(settings, base)
     place = usable_device(device or settings.device)
     if step is None:
