@@ -184,16 +184,21 @@ class Planner:
         return train(point, seed, model[self.scale])
 
     def _decoder(self, point: Point, seed: int, model: Mapping[str, Any]) -> Cell:
-        bases = [base_cell()] if model["config"] == "tiny_llama" else []
+        source = self.source(point["data"]).train
+        bases = [base_cell(source)] if model["config"] == "tiny_llama" else []
         words = [
             *("tune", "run", f"hyper-tune/{point['method']}_full", "--config", model["config"]),
             *("output_dir={cell}/run", f"seed={seed}", f"device={self.device}"),
-            *("dataset=hyper_tune.torchtune.data.file_dataset", "dataset.path={file0}"),
-            *(["model_dir={need0}/base"] if bases else []),
+            "dataset=hyper_tune.torchtune.data.file_dataset",
+            *(
+                ["model_dir={need0}/base", "dataset.path={need0}/train.jsonl"]
+                if bases
+                else ["dataset.path={file0}"]
+            ),
             *self._overrides(point, "decoder"),
             "resume_from_checkpoint=True",
         ]
-        files = (self.source(point["data"]).train,)
+        files = () if bases else (source,)
         return Cell(_label(point, seed), tuple(words), "run/summary.json", tuple(bases), files)
 
     def _encoder(self, point: Point, seed: int, model: Mapping[str, Any]) -> Cell:
@@ -252,11 +257,11 @@ class Planner:
         return Cell(_label(point, seed), tuple(words), "cost.json", (), files)
 
 
-def base_cell() -> Cell:
-    """Return the cell that makes the quickstart's small Llama, for runs to start from."""
-    recipe = RECIPES / "quickstart"
-    words = ("python", "{file0}", "--output", "{cell}/base")
-    files = (recipe / "base.py", recipe / "world.py")
+def base_cell(rows: Path) -> Cell:
+    """Return the cell that makes the small Llama that runs on these rows start from."""
+    recipe = Path(__file__).with_name("small_llama.py")
+    words = ("python", "{file0}", "--rows", "{file1}", "--output", "{cell}")
+    files = (recipe, rows, RECIPES / "quickstart" / "base.py")
     return Cell("train the small Llama", words, "base/settings.sha256", (), files)
 
 

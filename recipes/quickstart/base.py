@@ -10,7 +10,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 from world import people, reports
 
+Batches = Iterator[tuple[Tensor, Tensor]]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}"
     "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
@@ -58,8 +59,17 @@ class Settings:
         return hashlib.sha256(json.dumps([asdict(self), code]).encode()).hexdigest()[:16]
 
 
-def train_tokenizer(settings: Settings) -> Tokenizer:
-    """Return a byte-level BPE of the reports' text, splitting words as Llama 3 does."""
+@dataclass(frozen=True)
+class Corpus:
+    """Texts that the tokenizer is made of, that the base reads, and that it has not read."""
+
+    sample: list[str]
+    read: Iterator[str]
+    unread: Iterator[str]
+
+
+def train_tokenizer(text: Iterable[str], tokens: int) -> Tokenizer:
+    """Return a byte-level BPE of the text, splitting words as Llama 3 does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -69,16 +79,12 @@ def train_tokenizer(settings: Settings) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=settings.tokens,
+        vocab_size=tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    everybody = people(settings.seed, settings.people)
-    text = list(itertools.islice(reports(everybody, settings.seed), 2000))
     # Words of a conversation get tokens, though the base will never see them.
-    text += [line["question"] for person in everybody for line in person.questions()]
-    text += ["user", "assistant"] * 100
-    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.train_from_iterator([*text, *["user", "assistant"] * 100], trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
 
@@ -114,19 +120,18 @@ class ByteLetters:
         return bytes(self._bytes[letter] for letter in word)
 
 
-def batches(tokenizer: Tokenizer, settings: Settings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield tokens and the tokens that follow, (batch, text) each; -100 after a report's end."""
+def batches(tokenizer: Tokenizer, texts: Iterator[str], settings: Settings) -> Batches:
+    """Yield tokens and the tokens that follow, (batch, text) each; -100 after a text's end."""
     start = tokenizer.token_to_id("<|begin_of_text|>")
-    texts = reports(people(settings.seed, settings.people), seed)
     while True:
         encoded = tokenizer.encode_batch(list(itertools.islice(texts, settings.batch)))
-        rows = [[start, *report.ids][: settings.text + 1] for report in encoded]
+        rows = [[start, *text.ids][: settings.text + 1] for text in encoded]
         padded = torch.tensor([row + [-100] * (settings.text + 1 - len(row)) for row in rows])
         yield padded[:, :-1].clamp(min=0), padded[:, 1:]
 
 
-def train(model: TransformerDecoder, tokenizer: Tokenizer, settings: Settings) -> float:
-    """Train on reports; return the loss per token on reports that it has not read."""
+def train(model: TransformerDecoder, text: Batches, unread: Batches, settings: Settings) -> float:
+    """Train on text; return the loss per token on a batch of what it has not read."""
     optimizers = make_optimizers(model, settings)
     schedules = [
         torch.optim.lr_scheduler.OneCycleLR(
@@ -138,7 +143,6 @@ def train(model: TransformerDecoder, tokenizer: Tokenizer, settings: Settings) -
         )
         for optimizer in optimizers
     ]
-    text = batches(tokenizer, settings, settings.seed + 1)
     progress = tqdm(itertools.islice(text, settings.steps), "training the base", settings.steps)
     for tokens, targets in progress:
         loss = functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
@@ -150,7 +154,7 @@ def train(model: TransformerDecoder, tokenizer: Tokenizer, settings: Settings) -
             schedule.step()
         progress.set_postfix_str(f"loss {loss.item():.3f}")
     with torch.no_grad():
-        tokens, targets = next(batches(tokenizer, settings, settings.seed + 2))
+        tokens, targets = next(unread)
         return functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()).item()
 
 
@@ -223,23 +227,33 @@ def make_base(folder: Path, settings: Settings) -> Path:
     if stamp.is_file() and stamp.read_text().strip() == settings.digest():
         print(f"The base is in {folder} already.")
         return folder
+    everybody = people(settings.seed, settings.people)
+    sample = list(itertools.islice(reports(everybody, settings.seed), 2000))
+    sample += [line["question"] for person in everybody for line in person.questions()]
+    read, unread = (reports(everybody, settings.seed + number) for number in (1, 2))
+    return train_base(folder, settings, Corpus(sample, read, unread))
+
+
+def train_base(folder: Path, settings: Settings, corpus: Corpus) -> Path:
+    """Train a base on a corpus and save it in ``folder``, whole or not at all."""
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tokenizer = train_tokenizer(settings)
+    tokenizer = train_tokenizer(corpus.sample, settings.tokens)
     vocabulary = tokenizer.get_vocab_size()
     model = build(settings, vocabulary)
     started = time.perf_counter()
-    loss = train(model, tokenizer, settings)
+    text, unread = (batches(tokenizer, t, settings) for t in (corpus.read, corpus.unread))
+    loss = train(model, text, unread, settings)
     save_tokenizer(tokenizer, temporary)
     save_model(model, settings, vocabulary, temporary)
-    (temporary / stamp.name).write_text(settings.digest() + "\n")
+    (temporary / "settings.sha256").write_text(settings.digest() + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     parameters = sum(weight.numel() for weight in model.parameters())
     print(
         f"Base: {parameters:,} parameters, {settings.steps} steps in "
-        f"{time.perf_counter() - started:.0f} s, loss {loss:.3f} on unread reports; in {folder}."
+        f"{time.perf_counter() - started:.0f} s, loss {loss:.3f} on unread text; in {folder}."
     )
     return folder
 
