@@ -1,28 +1,41 @@
 """Trains a small classifier on each rank of a job, for the tests to compare with one process.
 
 Run by torchrun, or alone: `trained_ranks.py FOLDER` writes FOLDER/KIND-RANK-of-RANKS.safetensors
-for each kind: by Trainer in DistributedDataParallel, and by hand with the base in shards.
+for each of `KINDS`: losses, gradients of what is trained at each step, the last state, and the last
+state of a run that went on from the middle of the first; and FOLDER/KIND-of-RANKS, the adapter.
 """
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from hyper_tune import MethodConfig, parallel
-from hyper_tune.hf import AdaptedModel, adapt, shard_
+from hyper_tune import MethodConfig, UserError, parallel
+from hyper_tune.hf import AdaptedModel, adapt, register_, shard_
+from hyper_tune.hf.saved import pack
 from hyper_tune.method import HypernetworkSettings, PruningSettings
-from hyper_tune.tree import flatten
 
-STEPS, BATCH = 4, 4
+STEPS, BATCH, CLIP = 4, 4, 0.5
+SGD = {"lr": 1e-2, "optimizer": torch.optim.SGD, "momentum": 0.9}
+Found = dict[str, Tensor]
 
 
-def build(seed: int) -> AdaptedModel:
+def ranks() -> int:
+    """Processes of the job, also before they have met."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def build(seed: int, dtype: torch.dtype = torch.float64) -> AdaptedModel:
     """The same base and head; a start of the factors by ``seed``."""
     torch.manual_seed(0)
     size = BertConfig(
@@ -34,7 +47,7 @@ def build(seed: int) -> AdaptedModel:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model: nn.Module = BertForSequenceClassification(size).double()
+    model: nn.Module = BertForSequenceClassification(size).to(dtype)
     torch.manual_seed(seed)
     config = MethodConfig(
         "hyperadalora",
@@ -42,7 +55,7 @@ def build(seed: int) -> AdaptedModel:
         hypernetwork=HypernetworkSettings(preset="attention-small"),
         pruning=PruningSettings(interval=1),
     )
-    return adapt(model, config, dtype=torch.float64)
+    return adapt(model, config, dtype=dtype)
 
 
 def rows() -> list[dict[str, Any]]:
@@ -51,62 +64,170 @@ def rows() -> list[dict[str, Any]]:
     return [{"input_ids": line, "labels": int(line[0] >= 15)} for line in words]
 
 
-def by_trainer(folder: Path) -> AdaptedModel:
-    """Train by Trainer, in DistributedDataParallel where there are several ranks."""
-    adapted = build(1 + int(os.environ.get("RANK", "0")))  # before there is a job to agree in
-    assert parallel.world_size() == 1
-    arguments = TrainingArguments(
-        str(folder / "run"),
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH // 2 // int(os.environ.get("WORLD_SIZE", "1")),
-        gradient_accumulation_steps=2,
-        train_sampling_strategy="sequential",
-        save_steps=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    assert arguments.device.type == "cpu"  # joins the job
-    optimizers = adapted.optimizers(lr=1e-2, optimizer=torch.optim.SGD)
-    callbacks = [adapted.callback()]
-    Trainer(
-        adapted.model, arguments, train_dataset=rows(), callbacks=callbacks, optimizers=optimizers
-    ).train()
-    assert adapted.reduced == (parallel.world_size() > 1)
-    return adapted
+def watch(adapted: AdaptedModel) -> Found:
+    """The gradients that each step hands to the optimizer, by step and name, as they come."""
+    assert adapted.optimizer is not None
+    inner, seen = adapted.optimizer.inner, {}
+    take = inner.step
+
+    def step() -> None:
+        for name, parameter in adapted.method.named_parameters():
+            assert parameter.grad is not None
+            seen[f"gradient {adapted.steps}/{name}"] = parameter.grad.clone()
+        take()
+
+    inner.step = step  # type: ignore[method-assign, assignment]
+    return seen
 
 
-def by_hand(folder: Path) -> AdaptedModel:
-    """Train in a loop, with the base in shards where there are several ranks."""
+def state_of(adapted: AdaptedModel, prefix: str) -> Found:
+    """A copy of everything that changes the next step."""
+    assert adapted.optimizer is not None
+    adapted.optimizer.state_dict()  # hands on what a scheduler wrote
+    state = {"steps": adapted.steps, "method": adapted.method.state_dict(adapted.optimizer.inner)}
+    return {f"{prefix}/{name}": value.clone() for name, value in pack(state).items()}
+
+
+def assert_sharded(adapted: AdaptedModel) -> None:
+    """See that the base is in shards, and nothing that is trained."""
+    frozen = {type(p).__name__ for p in adapted.model.parameters() if not p.requires_grad}
+    trained = {type(p).__name__ for p in adapted.model.parameters() if p.requires_grad}
+    assert (frozen, trained) == ({"DTensor"}, {"Parameter"}), (frozen, trained)
+
+
+def by_hand(folder: Path) -> tuple[AdaptedModel, Found]:
+    """Train in a loop of torch's, with the base in shards where there are several ranks."""
     del folder
-    adapted = build(1 + parallel.rank())
+    adapted = build(1 + int(os.environ.get("RANK", "0")))
     adapted.plan_(STEPS)
-    if parallel.world_size() > 1:
+    if ranks() > 1:
+        with pytest.raises(UserError, match="the processes of this job have not met"):
+            shard_(adapted)
+        parallel.start(torch.device("cpu"))
+        adapted.method.broadcast_()
         shard_(adapted)
-        sharded = [type(p).__name__ for p in adapted.model.parameters() if not p.requires_grad]
-        assert set(sharded) == {"DTensor"}
-    optimizer, _ = adapted.optimizers(lr=1e-2, optimizer=torch.optim.SGD)
-    share = BATCH // parallel.world_size()
+        assert_sharded(adapted)
+    optimizer, _ = adapted.optimizers(max_grad_norm=CLIP, **SGD)
+    found = watch(adapted)
+    share = BATCH // ranks()
     for step in range(STEPS):
         first = BATCH * step + share * parallel.rank()
-        part = [rows()[i % 16] for i in range(first, first + share)]
+        part = rows()[first : first + share]
         words = torch.stack([row["input_ids"] for row in part])
         labels = torch.tensor([row["labels"] for row in part])
         adapted.model(input_ids=words, labels=labels)["loss"].backward()
         optimizer.step()
-    return adapted
+    return adapted, found
+
+
+def by_loop(folder: Path, shard: bool, resume: bool = False) -> tuple[AdaptedModel, Found]:
+    """Train in a loop of accelerate's: two micro-batches a step, saved after half of the steps."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    adapted = build((5 if resume else 1) + parallel.rank())
+    adapted.plan_(STEPS)
+    if shard and ranks() > 1:
+        shard_(adapted, accelerator)
+        assert_sharded(adapted)
+    register_(accelerator, adapted)
+    optimizer, _ = adapted.optimizers(max_grad_norm=CLIP, **SGD)
+    found = watch(adapted)
+    loader: Any = DataLoader(rows(), batch_size=BATCH // 2 // ranks())  # type: ignore[arg-type]
+    model, optimizer, loader = accelerator.prepare(adapted.model, optimizer, loader)
+    assert (model is adapted.model) == (shard or ranks() == 1)
+    if resume:
+        accelerator.load_state(str(folder / "state"))
+        loader = accelerator.skip_first_batches(loader, STEPS)
+    losses = []
+    for number, batch in enumerate(loader, STEPS * resume):
+        with accelerator.accumulate(model):
+            loss = model(**batch)["loss"]
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(accelerator.reduce(loss.detach(), "mean"))
+        if number + 1 == STEPS and not resume:
+            accelerator.save_state(str(folder / "state"))
+            accelerator.wait_for_everyone()
+    assert len(losses) == STEPS * (1 if resume else 2)
+    return adapted, found | {"losses": torch.stack(losses)}
+
+
+def by_trainer(
+    folder: Path,
+    shard: bool,
+    resume: bool = False,
+    evaluate_first: bool = False,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> tuple[AdaptedModel, Found]:
+    """Train by Trainer, in DistributedDataParallel or in shards where there are several ranks."""
+    adapted = build(5 if resume else 1, dtype)
+    with torch.no_grad():  # as if it had been built before there was a job to agree in
+        for tensor in (*adapted.method.parameters(), adapted.method.stack.values):
+            tensor.add_(parallel.rank())
+    arguments = TrainingArguments(
+        str(folder / "run"),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH // 2 // ranks(),
+        per_device_eval_batch_size=BATCH // 2 // ranks(),
+        gradient_accumulation_steps=2,
+        max_grad_norm=CLIP,
+        train_sampling_strategy="sequential",
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = Trainer(
+        adapted.model,
+        arguments,
+        train_dataset=rows(),
+        eval_dataset=rows()[:8],
+        callbacks=[adapted.callback()],
+        optimizers=adapted.optimizers(**SGD),
+    )
+    found = watch(adapted)
+    if shard:
+        shard_(adapted, trainer.accelerator)
+    if shard and ranks() > 1:
+        assert_sharded(adapted)
+    if evaluate_first:
+        trainer.evaluate()
+    trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2") if resume else None)
+    assert adapted.reduced == (ranks() > 1 and not shard and not evaluate_first)
+    history = trainer.state.log_history
+    losses = [row[key] for row in history for key in ("loss", "eval_loss") if key in row]
+    return adapted, found | {"losses": torch.tensor(losses, dtype=torch.float64)}
+
+
+Train = Callable[..., tuple[AdaptedModel, Found]]
+KINDS: dict[str, Train] = {
+    "by hand, sharded": by_hand,
+    "accelerate, DDP": partial(by_loop, shard=False),
+    "accelerate, sharded": partial(by_loop, shard=True),
+    "Trainer, DDP": partial(by_trainer, shard=False),
+    "Trainer, evaluated first": partial(by_trainer, shard=False, evaluate_first=True),
+    "Trainer, sharded": partial(by_trainer, shard=True),
+    "Trainer, sharded, bf16": partial(by_trainer, shard=True, dtype=torch.float32, bf16=True),
+}
 
 
 def main(folder: Path) -> None:
-    """Write the states that this rank ends with."""
+    """Write what this rank finds."""
     torch.set_num_threads(1)
-    for kind, train in (("ddp", by_trainer), ("fsdp", by_hand)):
-        adapted = train(folder)
-        assert adapted.optimizer is not None
-        tensors, _ = flatten(adapted.method.state_dict(adapted.optimizer.inner))
-        name = f"{kind}-{parallel.rank()}-of-{parallel.world_size()}.safetensors"
-        apart = {key: value.clone().contiguous() for key, value in tensors.items()}
-        save_file(apart, folder / name)
+    for kind, train in KINDS.items():
+        place = folder / f"{kind} of {ranks()}"
+        adapted, found = train(place)
+        found |= state_of(adapted, "state")
+        if parallel.rank() == 0:
+            adapted.export(place / "adapter")
+        if train is not by_hand:
+            found |= state_of(train(place, resume=True)[0], "resumed")
+        save_file(found, folder / f"{kind}-{parallel.rank()}-of-{ranks()}.safetensors")
     del adapted
     parallel.stop()
 

@@ -9,6 +9,7 @@ from hyper_tune.assembly import assemble
 from hyper_tune.hf.adapted import AdaptedModel
 from hyper_tune.hf.heads import head_names
 from hyper_tune.method import MethodConfig
+from hyper_tune.whole import whole_modules
 
 
 def adapt(
@@ -18,6 +19,7 @@ def adapt(
     total_steps: int | None = None,
     modules_to_save: Sequence[str] | None = None,
     device: torch.device | str | None = None,
+    move_base: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> AdaptedModel:
     """Put a method on a model of transformers, in place, and freeze everything else.
@@ -25,7 +27,9 @@ def adapt(
     ``total_steps``: optimizer steps of the run; Trainer's callback says it where it is None.
     ``modules_to_save``: modules that are trained as a whole; by default the head that the model has
     beside its pretrained body, which is none for language models. ``device``: where the model is
-    moved first, such as Trainer's ``args.device``. ``dtype``: of the factors.
+    moved first, such as Trainer's ``args.device``. ``move_base``: False leaves the frozen base
+    where it is, for `shard_` to move block by block: no device holds all of it. ``dtype``: of the
+    factors.
 
     Raises:
         UserError: a method or module that the model cannot have.
@@ -38,11 +42,12 @@ def adapt(
     (7, ['classifier'])
     """
     heads = head_names(model) if modules_to_save is None else modules_to_save
-    if device is not None:
-        model.to(device)
-    device = next(model.parameters()).device
+    here = next(model.parameters()).device if device is None else device
+    here = torch.empty(0, device=here).device  # with its number
+    for module in [model] if move_base else whole_modules(model, heads).values():
+        module.to(here)
     method = assemble(
-        model, config, total_steps=None, modules_to_save=heads, device=device, dtype=dtype
+        model, config, total_steps=None, modules_to_save=heads, device=here, dtype=dtype
     )
     adapted = AdaptedModel(model, method)
     if total_steps is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -34,7 +35,8 @@ class AdaptedModel:
     ``model``: it was changed in place. ``method``: the `Assembly` on it. ``report``: of the last
     step. ``steps``: how many were taken; ``skipped``: how many more were not finite.
     ``max_grad_norm``: what the gradient of everything that is trained is clipped to, or None.
-    ``reduced``: whether a wrapper such as `DistributedDataParallel` averages the gradients.
+    ``reduced``: whether a wrapper such as `DistributedDataParallel` averages the gradients, so that
+    a step need not; it may, since means of equal gradients are these.
 
     ``model.save_pretrained`` writes the adapter in PEFT's layout and nothing of the base. In a
     checkpoint folder of Trainer it writes ``model.safetensors`` too: everything that changes the
@@ -66,6 +68,11 @@ class AdaptedModel:
             untyped.accepts_loss_kwargs = False
         if hasattr(model, "save_pretrained"):
             untyped.save_pretrained = self.save_pretrained
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the base is in shards; see `shard_`."""
+        return isinstance(self.model, FSDPModule)
 
     def optimizers(
         self,

@@ -3,9 +3,12 @@
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hyper_tune.errors import UserError
+from hyper_tune.hf.accelerated import FSDP_REFUSED
 from hyper_tune.parallel import world_size
 
 if TYPE_CHECKING:
@@ -33,6 +36,21 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]
         self._max_skipped = max_skipped_steps
         self._in_a_row = 0
         self._taken = self._done = 0
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse a sharded base of which Trainer's accelerator does not know."""
+        del args, state, control, kwargs
+        if self._adapted.sharded and not _left_alone(self._adapted):
+            raise UserError(
+                "the base is in shards, and Trainer would wrap it again; make Trainer first, then "
+                "call shard_(adapted, trainer.accelerator)."
+            )
 
     def on_train_begin(
         self,
@@ -70,7 +88,7 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]
             )
         adapted.plan_(state.max_steps)
         adapted.method.broadcast_()
-        adapted.reduced = world_size() > 1
+        adapted.reduced = world_size() > 1 and not _left_alone(adapted)
         if args.max_grad_norm:
             adapted.max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
         self._taken, self._done = adapted.steps, done
@@ -157,13 +175,15 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]
 def _check_setup(args: TrainingArguments) -> None:
     if args.deepspeed:
         raise UserError("Trainer uses DeepSpeed, whose gradients are not seen; use DDP.")
-    if args.fsdp:
-        raise UserError(
-            "Trainer's FSDP would shard the factors with the base; shard the base alone with "
-            "hyper_tune.hf.shard_(adapted), in a loop of accelerate's."
-        )
+    if args.fsdp or AcceleratorState().distributed_type == DistributedType.FSDP:
+        raise UserError(FSDP_REFUSED.format("Trainer", "trainer.accelerator"))
     if args.n_gpu > 1:
         raise UserError(
             f"Trainer would copy the model to {args.n_gpu} GPUs in one process; start it with "
             "torchrun, or make one GPU visible."
         )
+
+
+def _left_alone(adapted: "AdaptedModel") -> bool:
+    """Return whether accelerate wraps the model no more: sharded, or evaluated before training."""
+    return bool(getattr(adapted.model, "_is_accelerate_prepared", False))
