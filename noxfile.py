@@ -24,7 +24,7 @@ SUITES = {
     ),
     "rank-budget": (["packages/rank-budget[plot]"], ["packages/rank-budget/tests"]),
     "hyper-tune": (
-        [*ALL[:3], f"{ALL[3]}[torchtune,hf,plot,evaluate]", "psutil", "tensorboard"],
+        [*ALL[:3], f"{ALL[3]}[torchtune,hf,plot,evaluate,jieba]", "psutil", "tensorboard"],
         ["packages/hyper-tune/tests"],
     ),
     "together": (

@@ -16,7 +16,7 @@ from hyper_tune.parallel import world_size
 _PACKAGES = (
     *("hyper-core", "lowrank-adapters", "rank-budget", "hyper-tune"),
     *("torch", "torchtune", "torchao", "safetensors", "tokenizers", "tiktoken", "datasets"),
-    *("transformers", "accelerate", "sacrebleu", "rouge-score", "nltk"),
+    *("transformers", "accelerate", "sacrebleu", "rouge-score", "nltk", "jieba"),
 )
 
 

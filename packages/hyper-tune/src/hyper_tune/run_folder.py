@@ -1,14 +1,14 @@
 """The folder of one run: what is where, and who may write."""
 
-import fcntl
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from hyper_tune.checkpoint import has_checkpoints
-from hyper_tune.durable import make_folder, remove_temporary, write_text
+from hyper_tune.durable import remove_temporary, write_text
 from hyper_tune.errors import UserError
+from hyper_tune.folder_lock import take_folder
 from hyper_tune.metrics import Metrics
 
 
@@ -35,7 +35,7 @@ class RunFolder:
                 or it cannot be written.
         """
         try:
-            self._take()
+            self._lock = take_folder(self.path, option="output_dir", does="trains")
             remove_temporary(self.path)
             if not resume and (has_checkpoints(self.checkpoints) or self.metrics.rows()):
                 raise UserError(
@@ -45,19 +45,6 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
-
-    def _take(self) -> None:
-        try:
-            make_folder(self.path)
-            self._lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise UserError(f"output_dir {self.path} cannot be written: {error}.") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process trains in {self.path}; wait for it, or set another output_dir."
-            ) from error
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file of the run, whole or not at all."""

@@ -188,6 +188,39 @@ def test_what_belongs_to_another_evaluation_is_not_mixed(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_two_evaluations_do_not_write_in_one_folder(
+    parrot: Parrot, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+
+    class Second(Parrot):
+        """Asks for an evaluation of the same folder while it answers."""
+
+        def text(self, tokens: Sequence[int]) -> str:
+            before = {path.name: path.read_bytes() for path in folder.iterdir()}
+            with pytest.raises(UserError) as refused:
+                evaluate(parrot, Gsm8kTask(data), folder, decoding=GREEDY)
+            assert str(refused.value) == (
+                f"another process evaluates in {folder}; wait for it, or set another --output."
+            )
+            assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+            return super().text(tokens)
+
+    second = Second(dict(zip(QUESTIONS, ANSWERS, strict=True)))
+    evaluate(second, Gsm8kTask(data), folder, decoding=GREEDY, batch_size=1)
+    assert (second.loaded, parrot.loaded) == (1, 0)
+    evaluate(parrot, Gsm8kTask(data), folder, decoding=GREEDY)  # it is free again
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    parrot: Parrot, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^--output .*file cannot be written: "):
+        evaluate(parrot, Gsm8kTask(data), tmp_path / "file", decoding=GREEDY)
+    assert parrot.loaded == 0
+
+
 def test_a_folder_may_be_moved_with_its_data(parrot: Parrot, data: Path, tmp_path: Path) -> None:
     evaluate(parrot, Gsm8kTask(data), tmp_path / "out", decoding=GREEDY)
     moved = (tmp_path / "out").rename(tmp_path / "there")

@@ -1,6 +1,8 @@
 """Answers of a batch are those of each prompt alone, of a loop with a full pass for each token."""
 
 import hashlib
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +11,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MptConfig,
+    MptForCausalLM,
+    PreTrainedConfig,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    T5Config,
+)
 
 from hyper_tune.errors import UserError
 from hyper_tune.evaluate.generation import Decoding, LanguageModel, Request, answers, choose
@@ -27,6 +43,19 @@ PROMPTS = [
     [7],
 ]
 NEW = 10
+SIZES = {"vocab_size": 300, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+SMALL: dict[str, Callable[[], Any]] = {
+    # Its positions are absolute: a rotation would not notice a shift.
+    "a GPT-2": lambda: GPT2LMHeadModel(GPT2Config(**SIZES, n_positions=256, n_embd=32)),
+    # These have no table of positions, and take none.
+    "a Bloom": lambda: BloomForCausalLM(BloomConfig(**SIZES, hidden_size=32, seq_length=256)),
+    "an MPT": lambda: MptForCausalLM(
+        MptConfig(
+            **{"vocab_size": 300, "n_layers": 2, "n_heads": 4, "initializer_range": 0.3},
+            **{"d_model": 32, "max_seq_len": 256},
+        )
+    ),
+}
 
 
 class Tokens:
@@ -45,7 +74,7 @@ class Tokens:
         return [list(map(int, found[index].split())) for index in range(len(prompts))]
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "a folder", "a GPT-2"])
+@pytest.fixture(scope="module", params=[*FAMILIES, "a folder", *SMALL])
 def tokens(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -56,9 +85,11 @@ def tokens(
     if request.param == "a folder":
         folder = Path(request.getfixturevalue("llama")["checkpointer"]["checkpoint_dir"])
         model: LanguageModel = FolderModel(with_tokenizer(tmp_path_factory, folder))
-    elif request.param == "a GPT-2":
-        # Its positions are absolute: a rotation would not notice a shift.
-        folder = with_tokenizer(tmp_path_factory, gpt2(tmp_path_factory.mktemp("gpt2")))
+    elif request.param in SMALL:
+        place = tmp_path_factory.mktemp("small")
+        torch.manual_seed(0)
+        SMALL[request.param]().save_pretrained(place)
+        folder = with_tokenizer(tmp_path_factory, place)
         model = FolderModel(folder)
     else:
         place = tmp_path_factory.mktemp("run")
@@ -66,14 +97,6 @@ def tokens(
         folder = export_merged(open_trained(place / "run"), place / "merged")
         model = RunModel(open_trained(place / "run"))
     return Tokens(model), AutoModelForCausalLM.from_pretrained(folder)
-
-
-def gpt2(folder: Path) -> Path:
-    """Save a GPT-2 of a few thousand random weights."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 300, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3)).save_pretrained(folder)
-    return folder
 
 
 def with_tokenizer(factory: pytest.TempPathFactory, folder: Path) -> Path:
@@ -233,3 +256,56 @@ def test_what_is_no_model_is_named(
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="has no tokenizer that can be read"):
         FolderModel(folder)
+
+
+def save_config(factory: pytest.TempPathFactory, config: PreTrainedConfig) -> Path:
+    """Return a folder with a tokenizer and no weights."""
+    place = factory.mktemp("config")
+    config.save_pretrained(place)
+    return with_tokenizer(factory, place)
+
+
+def test_a_model_that_says_no_length_takes_the_tokenizers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = save_config(tmp_path_factory, BloomConfig(**SIZES, hidden_size=32))
+    with pytest.raises(UserError) as refused:
+        FolderModel(folder)
+    assert str(refused.value) == (
+        f"{folder} does not say how many tokens the model reads; set model_max_length in its "
+        "tokenizer_config.json."
+    )
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 77}))
+    assert FolderModel(folder).max_length == 77
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BartConfig(), "holds a bart; BartForCausalLM takes no position_ids, without which pro"),
+        (MambaConfig(), "holds a mamba; MambaForCausalLM takes no past_key_values, without wh"),
+        (T5Config(), "holds a t5, which is no causal language model."),
+    ],
+)
+def test_a_model_that_would_misread_padded_prompts_is_refused_before_the_weights(
+    tmp_path_factory: pytest.TempPathFactory, config: PreTrainedConfig, message: str
+) -> None:
+    folder = save_config(tmp_path_factory, config)
+    with pytest.raises(UserError, match=f"^{re.escape(f'{folder} {message}')}"):
+        FolderModel(folder)
+
+
+def test_a_model_that_keeps_nothing_of_what_it_read_is_refused(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    sizes = {"vocab_size": 300, "num_hidden_layers": 3, "num_attention_heads": 2, "lru_width": 16}
+    config = RecurrentGemmaConfig(**sizes, hidden_size=16, intermediate_size=16)
+    place = tmp_path_factory.mktemp("recurrent")
+    RecurrentGemmaForCausalLM(config).save_pretrained(place)
+    folder = with_tokenizer(tmp_path_factory, place)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 77}))
+    ask = Tokens(FolderModel(folder))
+    with pytest.raises(UserError, match=r"RecurrentGemmaForCausalLM returns no past_key_values, w"):
+        ask(PROMPTS[:1], Decoding(2))

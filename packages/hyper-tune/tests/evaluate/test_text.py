@@ -1,13 +1,29 @@
 """BLEU-4, ROUGE-1 and BLEU-4 of characters equal literal twins."""
 
+import importlib.util
+import marshal
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from hyper_tune.evaluate.text import character_bleu, corpus_bleu, rouge_1, text_metrics
+from hyper_tune.evaluate.text import (
+    _jieba,
+    character_bleu,
+    corpus_bleu,
+    jieba_rouge_1,
+    rouge_1,
+    text_metrics,
+)
 
+JIEBA = importlib.util.find_spec("jieba") and importlib.util.find_spec("rouge_chinese")
+with_jieba = pytest.mark.skipif(not JIEBA, reason="the extra jieba is not installed")
+
+NAMES = ["BLEU-4", "ROUGE-1", "BLEU-4 of characters"]
+NAMES += ["ROUGE-1 of jieba words"] if JIEBA else []
 ANSWERS = [
     "the cat sat on the mat",
     "there is a cat on the mat today",
@@ -91,8 +107,52 @@ def test_bleu_of_characters_is_that_of_tool_kits(answers: list[str]) -> None:
     assert metric.value == pytest.approx(100 * sum(scores) / len(scores), rel=1e-12)
 
 
+WORDS = [
+    ("the cat sat.", "the cat, the cat!", {"the", "cat", "sat", "."}, {"the", "cat", ",", "!"}),
+    ("it costs 3 euros", "3 euros", {"it", "costs", "3", "euros"}, {"3", "euros"}),
+    (
+        "\u6211\u7231\u5317\u4eac",
+        "\u5317\u4eac",
+        {"\u6211", "\u7231", "\u5317\u4eac"},
+        {"\u5317\u4eac"},
+    ),
+    ("dog", "cat", {"dog"}, {"cat"}),
+    ("", "cat", set(), {"cat"}),
+    (" \n", "cat", set(), {"cat"}),
+]
+
+
+@with_jieba
+def test_rouge_1_of_jieba_words_is_that_of_tool_kits() -> None:
+    """The twin: words are written out, and each counts once."""
+    scores = []
+    for _, _, mine, theirs in WORDS:
+        common = len(mine & theirs)
+        scores.append(2 * common / (len(mine) + len(theirs)))
+        # 2 P R / (P + R) is that, for P = common / mine and R = common / theirs.
+    metric = jieba_rouge_1([row[0] for row in WORDS], [row[1] for row in WORDS])
+    assert metric.value == pytest.approx(100 * sum(scores) / len(scores), rel=1e-6)
+    assert metric.signature.endswith("|jieba:0.42.1|rouge1|fmeasure|distinct words|mean")
+
+
+@with_jieba
+def test_jieba_reads_no_file_that_another_user_may_have_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    planted = tmp_path / "jieba.cache"
+    planted.write_bytes(marshal.dumps(({}, 1)))
+    monkeypatch.setattr(marshal, "load", lambda _: pytest.fail("a planted file was read"))
+    _jieba.cache_clear()
+    cutter, _ = _jieba()
+    assert cutter.FREQ
+    assert list(tmp_path.iterdir()) == [planted]
+
+
 def test_metrics_of_the_same_texts_are_100_and_differ_of_others() -> None:
-    assert [m.value for m in text_metrics(REFERENCES, REFERENCES)] == pytest.approx([100] * 3)
+    assert [m.value for m in text_metrics(REFERENCES, REFERENCES)] == pytest.approx(
+        [100] * len(NAMES)
+    )
     values = {m.name: m.value for m in text_metrics(ANSWERS, REFERENCES)}
-    assert list(values) == ["BLEU-4", "ROUGE-1", "BLEU-4 of characters"]
+    assert list(values) == NAMES
     assert values["BLEU-4"] < values["BLEU-4 of characters"]

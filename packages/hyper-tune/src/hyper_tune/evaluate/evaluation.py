@@ -15,6 +15,7 @@ from hyper_tune.errors import UserError
 from hyper_tune.evaluate.generation import Decoding, LanguageModel, Request, answers, refuse_long
 from hyper_tune.evaluate.tasks import Scored, Task
 from hyper_tune.evaluate.text import Metric
+from hyper_tune.folder_lock import take_folder
 from hyper_tune.metrics import Metrics
 from hyper_tune.provenance import start_record
 
@@ -60,8 +61,8 @@ def evaluate(
     time.
 
     Raises:
-        UserError: the folder is of another evaluation, samples are all the same, or a prompt is
-            too long; before the weights are loaded.
+        UserError: the folder is of another evaluation or another process evaluates there, samples
+            are all the same, or a prompt is too long; before the weights are loaded.
     """
     if extent.samples > 1 and decoding.temperature == 0:
         raise UserError(
@@ -73,27 +74,22 @@ def evaluate(
     keys = extent.keys(len(task))
     requests = {key: _request(model, task, key) for key in keys}
     refuse_long(model, list(requests.values()), decoding)
-    _open(folder, settings)
-    given = _Rows(folder / "answers.jsonl")
-    missing = [key for key in keys if key not in given]
-    if missing:
-        model.load_()
-        asked = [requests[key] for key in missing]
-        found = answers(model, asked, decoding, batch_size=batch_size)
-        for index, text in _progress(found, "answers", len(missing)):
-            given.append(missing[index], {"answer": text})
-    scores = _Rows(folder / "scores.jsonl")
-    _score(model, task, [key for key in keys if key not in scores], given, scores, jobs)
-    scored = [Scored(key[0], given[key]["answer"], scores[key]) for key in keys]
-    metrics = task.metrics(scored)
-    results = {
-        "metrics": [asdict(metric) for metric in metrics],
-        **{"rows": len(keys) // extent.samples, "samples": extent.samples},
-        "settings": settings,
-        "seconds": time.monotonic() - begin,
-        **start_record(model.device),
-    }
-    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    with take_folder(folder, option="--output", does="evaluates"):
+        _open(folder, settings)
+        given = _Rows(folder / "answers.jsonl")
+        missing = {key: requests[key] for key in keys if key not in given}
+        _answer(model, missing, given, decoding, batch_size)
+        scores = _Rows(folder / "scores.jsonl")
+        _score(model, task, [key for key in keys if key not in scores], given, scores, jobs)
+        metrics = task.metrics([Scored(key[0], given[key]["answer"], scores[key]) for key in keys])
+        results = {
+            "metrics": [asdict(metric) for metric in metrics],
+            **{"rows": len(keys) // extent.samples, "samples": extent.samples},
+            "settings": settings,
+            "seconds": time.monotonic() - begin,
+            **start_record(model.device),
+        }
+        write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     return metrics
 
 
@@ -155,6 +151,22 @@ def _request(model: LanguageModel, task: Task, key: Key) -> Request:
     row, sample = key
     tokens = model.encode(task.turns(row, chat=model.chat))
     return Request(tokens, f"{row} {sample}", f"{task.where(row)}: the prompt")
+
+
+def _answer(
+    model: LanguageModel,
+    requests: Mapping[Key, Request],
+    given: _Rows,
+    decoding: Decoding,
+    batch_size: int,
+) -> None:
+    if not requests:
+        return
+    model.load_()
+    keys = list(requests)
+    found = answers(model, list(requests.values()), decoding, batch_size=batch_size)
+    for index, text in _progress(found, "answers", len(keys)):
+        given.append(keys[index], {"answer": text})
 
 
 def _score(

@@ -1,15 +1,24 @@
 """The final number of an answer, as GSM8K counts it."""
 
 import re
+import unicodedata
 from fractions import Fraction
 
 _SIGN = r"(?P<sign>[-−–])?"  # noqa: RUF001
 _CURRENCY = r"(?:(?:US)?\\?[$€£]\s?)?"
 _DIGITS = r"\d+(?:,\d{3})+(?!\d)|\d+"
+_FRACTION = r"\\[dt]?frac{(?P<over>\d+)}{(?P<under>\d+)}"
+# Of three digits at most: more would fill the memory.
+_POWER = (
+    r"(?<=\d)(?:[eE]|\s?(?:[x×*]|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?{?)"  # noqa: RUF001
+    r"(?P<power>[-−+]?\d{1,3})(?!\w)"  # noqa: RUF001
+)
 _NUMBER = re.compile(
-    rf"(?<![\w.)]){_SIGN}{_CURRENCY}(?P<inner>[-−])?"  # noqa: RUF001
-    rf"(?:\\d?frac{{(?P<over>\d+)}}{{(?P<under>\d+)}}"
-    rf"|(?P<whole>{_DIGITS})?(?P<decimals>\.\d+)?(?:\s?/\s?(?P<denominator>\d+)(?![\d/]))?)"
+    rf"(?:(?<![\w.)])|(?<=\d)(?=\\[dt]?frac))"
+    rf"{_SIGN}{_CURRENCY}(?P<inner>[-−])?"  # noqa: RUF001
+    rf"(?:{_FRACTION}"
+    rf"|(?P<whole>{_DIGITS})?(?P<decimals>\.\d+)?"
+    rf"(?:{_POWER}|\s?/\s?(?P<denominator>\d+)(?![\d/]))?)"
 )
 # A sum up to its last equals sign: no sentence ends in it, and no bracket opens but in a product.
 _SUM = re.compile(
@@ -19,6 +28,11 @@ _OPERATION = re.compile(
     r"(?:[-−+*/×÷]|\bx\b|\\times|\\cdot|\\div)[\s(]*\\?[$€£]?\s*\d"  # noqa: RUF001
 )
 _MOST_CHARACTERS = 1000  # of a number; Python refuses to read very long ones
+_PROPER = re.compile(r"\d+\s?/\s?\d+|\\[dt]?frac.*")
+_VULGAR = {
+    ord(letter): " " + unicodedata.normalize("NFKC", letter).replace("\u2044", "/")
+    for letter in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
+}
 _MARKED = re.compile(r"####\s*([^\n]*)")
 _BOXED = re.compile(r"\\boxed\s*{((?:[^{}]|{[^{}]*})*)}")
 _SAID = re.compile(r"answer(?:\s+is|\s*[:=])(?=([^\n]*))", re.IGNORECASE)
@@ -30,16 +44,19 @@ def final_number(text: str) -> Fraction | None:
     The first of these that has a number: what follows the first ``####``; the last ``\boxed{…}``;
     what follows the last "answer is" or "answer:" on its line; the last number of the text. Where
     a sum follows, it is its result. Commas between thousands, signs of currency, units and a full
-    stop are passed over; fractions and decimals are read.
+    stop are passed over. Decimals, fractions, mixed numbers and powers of ten are read.
 
     >>> final_number("She has 3 + 4 = 7 eggs.\n#### 7")
     Fraction(7, 1)
     >>> final_number("The answer is $1,234.50.")
     Fraction(2469, 2)
+    >>> final_number("The answer is 1 1/2 hours.")
+    Fraction(3, 2)
     >>> final_number("Answer: 3 + 4 = 7 eggs, of 12")
     Fraction(7, 1)
     """
     text = text.replace("{,}", ",").replace(r"\!", "")  # commas, and no space, in LaTeX
+    text = text.translate(_VULGAR)
     marked = _MARKED.search(text)
     if marked and (number := _stated(marked[1])) is not None:
         return number
@@ -65,8 +82,24 @@ def _stated(text: str) -> Fraction | None:
 
 def _numbers(text: str) -> dict[int, Fraction]:
     """Return the numbers of a text by where they begin."""
-    found = {match.start(): _value(match) for match in _NUMBER.finditer(text)}
-    return {place: value for place, value in found.items() if value is not None}
+    found: dict[int, Fraction] = {}
+    last: re.Match[str] | None = None
+    for match in _NUMBER.finditer(text):
+        value = _value(match)
+        if value is None:
+            continue
+        if last and _is_mixed(last, match) and value < 1:
+            found[last.start()] += value if found[last.start()] >= 0 else -value
+        else:
+            found[match.start()] = value
+        last = match
+    return found
+
+
+def _is_mixed(whole: re.Match[str], part: re.Match[str]) -> bool:
+    """Return whether a fraction follows a whole number, with nothing but spaces between them."""
+    bare = whole.end() == whole.end("whole") and _PROPER.fullmatch(part[0])
+    return bool(bare) and not part.string[whole.end() : part.start()].strip(" \u00a0")
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -82,5 +115,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
         below = int(part["denominator"] or 1)
     if below == 0:
         return None
+    if part["power"] is not None:
+        above *= Fraction(10) ** int(part["power"].replace("−", "-"))  # noqa: RUF001
     negative = (part["sign"] is None) != (part["inner"] is None)
     return -above / below if negative else above / below

@@ -1,6 +1,7 @@
 """Text from a causal language model of `transformers`, with its key-value cache."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 
 from hyper_tune.durable import digest
 from hyper_tune.errors import UserError
@@ -23,7 +29,8 @@ class FolderModel:
     `load_`; until then only the tokenizer is there.
 
     Raises:
-        UserError: not such a folder, or its tokenizer cannot be read.
+        UserError: not such a folder, its tokenizer cannot be read, it does not say how many tokens
+            the model reads, or the model cannot be asked in batches.
     """
 
     def __init__(self, folder: Path, *, device: str = "cpu", dtype: str = "auto") -> None:
@@ -38,11 +45,12 @@ class FolderModel:
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{folder} has no tokenizer that can be read: {reason}") from error
+        _refuse_unbatched(folder, config)
         self._folder, self._dtype = folder, dtype
         self.name = str(folder)
         self.identity = _identity(folder)
         self.chat = self._tokenizer.chat_template is not None
-        self.max_length: int = config.get_text_config().max_position_embeddings
+        self.max_length = _max_length(folder, config, self._tokenizer)
         self.stop_tokens: Sequence[int] = _stop_tokens(folder, self._tokenizer)
         self.device = torch.device(device)
         self._past: Any = None
@@ -81,7 +89,11 @@ class FolderModel:
         self._past = None
 
     def logits(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        """Read on, and return what follows the last token: (rows, vocabulary)."""
+        """Read on, and return what follows the last token: (rows, vocabulary).
+
+        Raises:
+            UserError: the model keeps nothing of what it read.
+        """
         found = self._model(
             input_ids=tokens,
             position_ids=positions,
@@ -90,9 +102,49 @@ class FolderModel:
             use_cache=True,
             logits_to_keep=1,
         )
-        self._past = found.past_key_values
+        self._past = getattr(found, "past_key_values", None)
+        if self._past is None:
+            raise UserError(
+                f"{self.name}: {type(self._model).__name__} returns no past_key_values, without "
+                "which it cannot go on with an answer, so that it is not asked."
+            )
         logits: Tensor = found.logits[:, -1].float()
         return logits
+
+
+_LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")
+
+
+def _max_length(folder: Path, config: Any, tokenizer: Any) -> int:
+    """Return how many tokens the model reads: its own limit, or the tokenizer's."""
+    text = config.get_text_config()
+    said = [getattr(text, name, None) for name in _LENGTHS]
+    # A tokenizer without a limit says 10 ** 30.
+    said.append(tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None)
+    for length in said:
+        if isinstance(length, int) and length > 0:
+            return length
+    raise UserError(
+        f"{folder} does not say how many tokens the model reads; set model_max_length in its "
+        "tokenizer_config.json."
+    )
+
+
+def _refuse_unbatched(folder: Path, config: Any) -> None:
+    """Refuse a model that would not notice a row's padding, or has no key-value cache."""
+    kind = type(config)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{folder} holds a {config.model_type}, which is no causal language model.")
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    # Only a table of positions has to be told where a row begins.
+    placed = hasattr(config.get_text_config(), "max_position_embeddings")
+    asked = ("past_key_values", "attention_mask", *(("position_ids",) if placed else ()))
+    for name in asked:
+        if name not in inspect.signature(model.forward).parameters:
+            raise UserError(
+                f"{folder} holds a {config.model_type}; {model.__name__} takes no {name}, without "
+                "which prompts of a batch are not read each as if alone, so that it is not asked."
+            )
 
 
 def _identity(folder: Path) -> str:
