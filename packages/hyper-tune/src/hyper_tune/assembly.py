@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hyper_core import HyperError
-from hyper_tune.attach import attach
+from hyper_tune.attach import attach, refuse_misuse
 from hyper_tune.checks import require
 from hyper_tune.errors import UserError
 from hyper_tune.factors import FactorOwner
@@ -275,6 +275,7 @@ def assemble(
     >>> step.report.live_ranks
     4
     """
+    refuse_misuse(model, config)
     whole = whole_modules(model, modules_to_save)
     layers, stack, owner = attach(
         model,

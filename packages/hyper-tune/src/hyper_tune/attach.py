@@ -1,10 +1,11 @@
 """Puts a method's layers, stacked factors and their owner on a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from hyper_tune.errors import UserError
 from hyper_tune.factors import FactorOwner, LearnedFactors, PartlyGenerated
 from hyper_tune.method import HypernetworkSettings, MethodConfig
 from hyper_tune.split import SharedGeneration, SplitGeneration
@@ -23,6 +24,25 @@ from lowrank_adapters import (
 # What a hypernetwork never writes: numbers that are no rank's, and that start at the base's.
 _LEARNED_DIRECTLY = ("magnitude", "scale")
 _ZERO_AT_START = ("lam", "b")
+
+
+def refuse_misuse(model: object, config: object) -> None:
+    """Refuse what is no model or no configuration, before anything is changed or moved.
+
+    >>> refuse_misuse(nn.Linear(2, 2), MethodConfig("hyperlora"))
+    """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise UserError(f"model is of the type {kind}, expected a torch module; give it first.")
+    if isinstance(config, MethodConfig):
+        return
+    if isinstance(config, str):
+        given, call = repr(config), f"MethodConfig({config!r})"
+    elif isinstance(config, Mapping):
+        given, call = "a dictionary", "MethodConfig.from_mapping(...)"
+    else:
+        given, call = f"of the type {type(config).__name__}", 'MethodConfig("hyperadalora")'
+    raise UserError(f"config is {given}, expected a MethodConfig; write {call}.")
 
 
 def attach(

@@ -15,12 +15,15 @@ def whole_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module
     """Return the modules of these names.
 
     Raises:
-        UserError: the model has no such module (near names are listed), or it has no parameters.
+        UserError: the model has no such module (near names are listed), it has no parameters, or
+            one name is given in place of a list.
 
     >>> model = nn.Sequential(nn.Linear(2, 2))
     >>> whole_modules(model, ["0"])
     {'0': Linear(in_features=2, out_features=2, bias=True)}
     """
+    if isinstance(names, str):
+        raise UserError(f"modules_to_save is {names!r}, expected a list; write [{names!r}].")
     there = dict(model.named_modules())
     for name in names:
         if not name or name not in there:

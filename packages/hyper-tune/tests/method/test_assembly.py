@@ -1,5 +1,6 @@
 """A method on a model: its budget, its parameters, its warnings and its refusals."""
 
+import re
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,8 @@ from torch import nn
 from hyper_core import GeneratedParameters
 from hyper_core.choices import decode
 from hyper_core.recursion import Recursion
-from hyper_tune import MethodConfig, assemble
+from hyper_tune import MethodConfig, UserError, assemble
+from hyper_tune.hf import adapt
 from hyper_tune.method import PruningSettings
 from lowrank_adapters import ScaledLoRALinear
 
@@ -169,6 +171,29 @@ def test_what_does_not_fit_the_model_is_refused(config: MethodConfig, text: str)
     with pytest.raises(ValueError, match="^" + text):
         assemble(model, config, total_steps=10)
     assert [name for name, _ in model.named_parameters()] == names
+
+
+WRITE = "expected a MethodConfig; write "
+MISUSE = {
+    f"config is 'hyperlora', {WRITE}MethodConfig('hyperlora').": "hyperlora",
+    f"config is a dictionary, {WRITE}MethodConfig.from_mapping(...).": {"name": "lora"},
+    f'config is of the type type, {WRITE}MethodConfig("hyperadalora").': MethodConfig,
+}
+
+
+@pytest.mark.parametrize("put", [assemble, adapt])
+def test_what_is_no_model_or_no_configuration_is_refused_with_the_call_to_write(put: Any) -> None:
+    for text, config in MISUSE.items():
+        with pytest.raises(UserError, match=f"^{re.escape(text)}$"):
+            put(plain_model(), config, total_steps=9)
+    with pytest.raises(UserError, match=r"^model is of the type MethodConfig, expected a "):
+        put(MethodConfig("lora"), plain_model(), total_steps=9)
+
+
+def test_one_name_in_place_of_a_list_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        assemble(plain_model(), MethodConfig("lora"), total_steps=9, modules_to_save="0")
+    assert str(caught.value) == "modules_to_save is '0', expected a list; write ['0']."
 
 
 OTHERS = {

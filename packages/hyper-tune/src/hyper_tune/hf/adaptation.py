@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hyper_tune.assembly import assemble
+from hyper_tune.attach import refuse_misuse
 from hyper_tune.hf.adapted import AdaptedModel
 from hyper_tune.hf.heads import head_names
 from hyper_tune.method import MethodConfig
@@ -41,6 +42,7 @@ def adapt(
     >>> len(adapted.method.layers), list(adapted.method.modules_to_save)
     (7, ['classifier'])
     """
+    refuse_misuse(model, config)
     heads = head_names(model) if modules_to_save is None else modules_to_save
     here = next(model.parameters()).device if device is None else device
     here = torch.empty(0, device=here).device  # with its number
