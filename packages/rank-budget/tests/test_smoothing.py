@@ -155,7 +155,7 @@ def test_runs_that_a_cache_holds_change_no_bit(kit, monkeypatch, most, large):
     found = []
     for numbers in (2**40, most):
         monkeypatch.setattr("rank_budget.arena.CACHED", numbers)
-        monkeypatch.setattr("rank_budget.arena.LARGE", large if numbers == most else 2**40)
+        monkeypatch.setattr("rank_budget.products.LARGE", large if numbers == most else 2**40)
         torch.manual_seed(4)
         shapes = {"a": (3, 4, 5), "b": (2, 4, 5), "c": (3, 4, 2), "d": (3, 4, 5)}
         layers = {name: kit.triplet(*shape) for name, shape in shapes.items()}

@@ -211,7 +211,8 @@ def test_factors_are_grouped_by_device(kit, monkeypatch):
     assert [block.names for block in there.blocks] == [("b",)] * 3
     assert (len(here.runs), len(there.runs)) == (6, 1)
     for arena, device in ((here, "cpu"), (there, "meta")):
-        assert {t.device.type for t in (arena.products, arena.scratch, arena.zeros())} == {device}
+        tensors = (arena.products, arena.room(arena.runs[0]), arena.zeros())
+        assert {tensor.device.type for tensor in tensors} == {device}
 
 
 def test_devices_in_any_order_are_chosen_from_together(kit, monkeypatch):

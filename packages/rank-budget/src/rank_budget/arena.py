@@ -1,37 +1,16 @@
 """Flat buffers for the numbers of many factors, worked on in runs that a CPU's cache holds."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rank_budget.products import Piece, Read, readers_of, split
 from rank_budget.stacks import Block, wide_dtype
 
 # Numbers of a run on a CPU. Memory is what a step waits for there, so that all is done to a run
 # while the cache holds it; elsewhere operations are what it waits for, and all is one run.
 CACHED = 2**18
-# Numbers from which a tensor there is worth an operation of its own, which writes it once.
-LARGE = 2**15
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Matrices ``first`` up to ``last`` of an arena's block of that ``number``."""
-
-    number: int
-    block: Block
-    first: int
-    last: int
-
-    def of(self, flat: Tensor) -> Tensor:
-        """Return the piece's numbers, (matrices, *shape of the factor), as a view."""
-        return flat.view(self.last - self.first, *self.block.shape[1:])
-
-    @property
-    def numel(self) -> int:
-        """Numbers in it."""
-        return (self.last - self.first) * self.block.numel_of_one
 
 
 class Run:
@@ -40,50 +19,19 @@ class Run:
     def __init__(self, pieces: Sequence[Piece], products: Tensor) -> None:
         self.pieces = list(pieces)
         self.products = products
-        self.parts = self.split(products)
-        self.places = [part.unbind() for part in self.parts]
+        self._readers = readers_of(pieces, products)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Return a view for each piece of what stands flat over the run."""
-        parts = torch.split(flat, [piece.numel for piece in self.pieces])
-        return [piece.of(part) for piece, part in zip(self.pieces, parts, strict=True)]
+        return split(self.pieces, flat)
 
-    def read_products_(
-        self, read: Sequence[tuple[Sequence[Tensor], Sequence[Tensor | None]]]
-    ) -> set[str]:
+    def read_products_(self, read: Read) -> set[str]:
         """Write |θ·∇θ| to ``products``; return the names of matrices without a gradient.
 
         ``read``: values and gradients of each block of the arena. Where there is no gradient
         ``products`` holds zero.
         """
-        missing: set[str] = set()
-        targets: list[Tensor] = []
-        factors: list[Tensor] = []
-        slopes: list[Tensor] = []
-        absent: list[Tensor] = []
-        for piece, part, places in zip(self.pieces, self.parts, self.places, strict=True):
-            values, grads = read[piece.number]
-            span = slice(piece.first, piece.last)
-            if piece.block.stacked and grads[0] is not None:
-                _multiply_(part, values[0][span], grads[0][span])
-                continue
-            large = part.device.type == "cpu" and piece.block.numel_of_one >= LARGE
-            rows = zip(piece.block.names[span], places, values[span], grads[span], strict=True)
-            for name, place, value, grad in rows:
-                if grad is None:
-                    missing.add(name)
-                    absent.append(place)
-                elif large:
-                    _multiply_(place, value, grad)
-                else:
-                    targets.append(place)
-                    factors.append(value)
-                    slopes.append(grad)
-        if targets:
-            torch._foreach_copy_(targets, slopes)
-            torch._foreach_mul_(targets, factors)
-        if absent:
-            torch._foreach_zero_(absent)
+        missing = set().union(*(reader.read_(read) for reader in self._readers))
         self.products.abs_()
         return missing
 
@@ -91,7 +39,7 @@ class Run:
 class Arena:
     """All blocks on one device, and a flat buffer in which each has its place.
 
-    ``products`` serves until it is read anew; ``scratch`` has room for a run, and may be the same.
+    ``products`` serves until it is read anew.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
@@ -104,7 +52,8 @@ class Arena:
         self._lengths = [sum(piece.numel for piece in pieces) for pieces in runs]
         pairs = zip(runs, self.by_run(self.products), strict=True)
         self.runs = [Run(pieces, products) for pieces, products in pairs]
-        self.scratch = (
+        # As large as a run; where there is one, what is there is used no more.
+        self._room = (
             self.products if len(runs) == 1 else self.products.new_empty(max(self._lengths))
         )
         self._largest = self.products.new_zeros(len(runs))
@@ -117,6 +66,10 @@ class Arena:
         """Return a view of the block's shape for each block."""
         parts = torch.split(flat, [block.numel for block in self.blocks])
         return [part.view(block.shape) for part, block in zip(parts, self.blocks, strict=True)]
+
+    def room(self, run: "Run") -> Tensor:
+        """Return room for the numbers of a run, to be overwritten; perhaps its products'."""
+        return self._room[: run.products.numel()]
 
     def by_run(self, flat: Tensor) -> Sequence[Tensor]:
         """Return a view for each run."""
@@ -137,7 +90,6 @@ class Arena:
                 run.products.div_(scale)
             if run.products.numel():
                 torch.amax(run.products, 0, out=largest)
-                run.products.nan_to_num_(nan=0, posinf=0)
         return self._largest, missing
 
     def present(self, missing: Collection[str]) -> Tensor:
@@ -163,14 +115,6 @@ def _runs_of(blocks: Sequence[Block], most: int) -> Iterator[list[Piece]]:
             room -= (last - first) * one
             first = last
     yield pieces
-
-
-def _multiply_(place: Tensor, value: Tensor, grad: Tensor) -> None:
-    """Write a product at the precision of ``place``."""
-    if value.dtype == grad.dtype == place.dtype:
-        torch.mul(value, grad, out=place)
-    else:
-        place.copy_(grad).mul_(value)
 
 
 def arenas_of(blocks: Sequence[Block]) -> list[Arena]:
