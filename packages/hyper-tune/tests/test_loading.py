@@ -115,6 +115,86 @@ def test_an_unknown_component_and_an_unknown_key_are_named(refused: Refused) -> 
     )
 
 
+INSTRUCT = "torchtune.datasets.instruct_dataset"
+
+
+@pytest.mark.parametrize("component", [ALPACA, INSTRUCT, STREAM])
+@pytest.mark.parametrize(
+    ("source", "key", "hint"),
+    [
+        ("json", "xyzzy", "it has block_size, cache_dir, "),
+        ("json", "delimiter", "it has "),  # of csv
+        ("csv", "delimeter", "did you mean 'delimiter'?"),
+        ("csv", "field", "it has "),  # of json
+        ("parquet", "column", "did you mean 'column"),
+        ("text", "sample", "did you mean 'sample_by'?"),
+        ("arrow", "encoding", "it has "),
+        ("someone/something", "xyzzy", "it has "),
+        ("someone/something", "revison", "did you mean 'revision'?"),
+        ("json", "streaming", "it has "),
+        ("json", "path", "it has "),
+        ("json", "load_dataset_kwargs", "it has "),
+    ],
+)
+def test_a_key_that_no_loader_of_the_kind_has_is_refused(
+    refused: Refused, component: str, source: str, key: str, hint: str
+) -> None:
+    keys = {"_component_": component, "source": source, "data_files": "x", key: 1}
+    if component == INSTRUCT:
+        keys["column_map"] = {"input": "question", "output": "answer"}
+    found = refused(keys)
+    assert found.startswith(f"dataset has no key {key!r}; {hint}")
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "options"),
+    [
+        ("csv", "instruction|output\n?|.\n", {"sep": "|"}),
+        ("csv", "instruction;output\n?;.\n", {"sep": ";", "quotechar": "^"}),
+        ("json", '{"rows": [{"instruction": "?", "output": "."}]}', {"field": "rows"}),
+    ],
+)
+def test_options_of_a_kind_of_file_reach_its_loader(
+    llama: dict[str, Any], tmp_path: Path, kind: str, text: str, options: dict[str, Any]
+) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    path = folder / f"rows.{kind}"
+    path.write_text(text)
+    tokenizer = build_tokenizer(llama["tokenizer"])
+    found = []
+    for source in ({"source": kind, "data_files": str(path)}, {"source": str(folder)}):
+        keys = {"split": "train", "cache_dir": str(tmp_path / "cache"), **source, **options}
+        samples = build_dataset("dataset", {"_component_": ALPACA, **keys}, tokenizer)
+        assert len(samples) == 1
+        found.append(tokenizer.decode(samples[0]["tokens"]))
+    assert "?" in found[0]
+    assert found[0] == found[1]
+
+
+def test_a_misspelt_role_of_a_column_is_refused(refused: Refused) -> None:
+    for component in (ALPACA, "torchtune.datasets.alpaca_cleaned_dataset"):
+        keys = {"_component_": component, "source": "json", "data_files": "x"}
+        columns = {"instruction": "q", "inptu": "x", "output": "a"}
+        assert refused({**keys, "column_map": columns}) == (
+            "dataset.column_map has no key 'inptu'; did you mean 'input'?"
+        )
+
+
+def test_what_a_loader_of_ones_own_takes_beside_its_keys_is_its_own_matter(
+    refused: Refused, llama: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(tokenizer: Any, *, rows: int = 1, **options: Any) -> Any:
+        return rows, options
+
+    monkeypatch.setattr("hyper_tune.torchtune.data.own", load, raising=False)
+    keys = {"_component_": "hyper_tune.torchtune.data.own"}
+    tokenizer = build_tokenizer(llama["tokenizer"])
+    assert build_dataset("dataset", {**keys, "shards": 3}, tokenizer) == (1, {"shards": 3})
+    assert refused({**keys, "row": 3}) == "dataset has no key 'row'; did you mean 'rows'?"
+
+
 @pytest.mark.parametrize("source", ["pandas", "webdataset"])
 def test_kinds_of_files_that_may_hold_pickles_are_refused(
     refused: Refused, tmp_path: Path, source: str

@@ -2,7 +2,9 @@
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from hyper_tune.torchtune.settings import Component
 FILE_KINDS = ("arrow", "csv", "json", "parquet", "text")
 _MAY_HOLD_PICKLES = ("pandas", "webdataset")
 _NEAR = 0.75
+# What torchtune's columns may be, by name.
+_COLUMNS = {"instruction", "input", "output"}
 
 
 def build_dataset(section: str, component: Component, tokenizer: Any) -> Any:
@@ -27,9 +31,9 @@ def build_dataset(section: str, component: Component, tokenizer: Any) -> Any:
         UserError: a key that no loader has, or a loader that fails.
     """
     builder = find_component(section, component)
-    _refuse_misspelt(section, component, builder)
-    refuse_wrong_kinds(section, component, builder)
     source = component.get("source", _default_of(builder, "source"))
+    _refuse_unknown(section, component, builder, source)
+    refuse_wrong_kinds(section, component, builder)
     if source in _MAY_HOLD_PICKLES:
         raise UserError(
             f"{section}.source is {source!r}, whose files may hold pickles, which are not read; "
@@ -68,24 +72,46 @@ def columns_of(samples: Any) -> list[str]:
     return list(getattr(getattr(samples, "_data", None), "column_names", None) or [])
 
 
-def _refuse_misspelt(section: str, component: Component, builder: Callable[..., Any]) -> None:
-    """Refuse a key that the builder does not have.
+def _refuse_unknown(
+    section: str, component: Component, builder: Callable[..., Any], source: str | None
+) -> None:
+    """Refuse a key that neither the builder has nor datasets' loader, where it hands keys on to it.
 
-    Where it hands other keys on to datasets' loader of a kind of file, which has options of its
-    own, only one that is nearly another's name is refused here.
+    Of what a builder of one's own hands on nothing is known: only a key that is nearly one of its
+    own is refused.
+    """
+    parameters = inspect.signature(builder).parameters
+    given = {key: value for key, value in component.items() if key != "_component_"}
+    handed_on = [name for name, each in parameters.items() if each.kind is each.VAR_KEYWORD]
+    known = {*parameters} - {"tokenizer", *handed_on}
+    if handed_on == ["load_dataset_kwargs"]:
+        known |= _options_of_loader(source)
+    elif handed_on:
+        given = {key: value for key, value in given.items() if _is_near(key, known)}
+    known_fields(section, given, known)
+    columns = given.get("column_map")
+    if component["_component_"].startswith("torchtune.") and isinstance(columns, Mapping):
+        known_fields(f"{section}.column_map", columns, _COLUMNS)
+
+
+def _is_near(key: str, known: set[str]) -> bool:
+    return bool(difflib.get_close_matches(str(key), known, n=1, cutoff=_NEAR))
+
+
+def _options_of_loader(source: str | None) -> set[str]:
+    """Return the keys that `datasets.load_dataset` takes, beside those that it is given anyway.
+
+    Each kind of file has options of its own. Which kind a folder or a data set of the Hub holds is
+    known when it is opened, so that those of all kinds are let through to it.
     """
     from datasets import load_dataset
 
-    parameters = inspect.signature(builder).parameters
-    given = {key: value for key, value in component.items() if key != "_component_"}
-    if all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
-        known_fields(section, given, {*parameters} - {"tokenizer"})
-        return
-    known = {*parameters, *inspect.signature(load_dataset).parameters}
-    for key in given.keys() - known:
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=_NEAR)
-        if near:
-            raise UserError(f"{section} has no key {key!r}; did you mean {near[0]!r}?")
+    parameters = inspect.signature(load_dataset).parameters
+    own = {name for name, each in parameters.items() if each.kind is not each.VAR_KEYWORD}
+    for kind in (source,) if source in FILE_KINDS else FILE_KINDS:
+        module = import_module(f"datasets.packaged_modules.{kind}.{kind}")
+        own |= {field.name for field in fields(getattr(module, f"{kind.capitalize()}Config"))}
+    return own - {"path", "streaming"}
 
 
 def _default_of(builder: Callable[..., Any], name: str) -> str | None:
