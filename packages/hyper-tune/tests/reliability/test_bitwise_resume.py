@@ -21,7 +21,7 @@ STEPS, EPOCH = 20, 5
 # within an epoch and at its end, before the last step and after it.
 INTERRUPTS = {1: (0, 3, 10), 2: (7,)}
 ALL_INTERRUPTS = (0, 1, 2, 3, 4, 5, 7, 10, 19, 20)
-# Of a stream of three buffers of four rows or less: between two of the second epoch, and within one.
+# Of a stream of buffers of four, four and two rows: between two of them, and within one.
 STREAM_INTERRUPTS = {1: (7,), 2: (3,)}
 COMPARED = ("step", "loss", "penalty", "grad_norm", "lr", "live_ranks", "tokens")
 Samples = dict[int, list[int]]
