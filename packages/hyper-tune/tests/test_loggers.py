@@ -220,45 +220,6 @@ def test_a_logger_that_fails_is_switched_off_with_one_warning_and_the_run_goes_o
     assert len(rows(tmp_path / "run")) == len(scalars_of(tmp_path / "tb")["loss"]) == 12
 
 
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        (
-            {"_component_": f"{LOGGING}.TensorBordLogger"},
-            f"metric_logger: {LOGGING}.TensorBordLogger cannot be built: {LOGGING} has no "
-            "'TensorBordLogger'; did you mean 'TensorBoardLogger'?",
-        ),
-        (
-            {"_component_": f"{LOGGING}.TensorBoardLogger", "logdir": "x"},
-            "metric_logger has no key 'logdir'; did you mean 'log_dir'?",
-        ),
-        (
-            {"_component_": f"{LOGGING}.DiskLogger", "log_dir": "x", "file_name": "y"},
-            "metric_logger has no key 'file_name'; did you mean 'filename'?",
-        ),
-        (
-            {"_component_": f"{LOGGING}.WandBLogger", "projekt": "x"},
-            "metric_logger has no key 'projekt'; did you mean 'project'?",
-        ),
-        ({"_component_": f"{LOGGING}.TensorBoardLogger"}, "metric_logger.log_dir is missing; torc"),
-        ({"log_dir": "x"}, "configuration: metric_logger names no component; write metric_logger."),
-        ([{"log_dir": "x"}], "configuration: metric_logger names no component; write metric_logg"),
-        ("tensorboard", "configuration: metric_logger names no component; write metric_logger._c"),
-    ],
-)
-def test_a_logger_that_cannot_be_made_is_refused_before_the_base_is_read(
-    make_config: ConfigMaker,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    section: Any,
-    message: str,
-) -> None:
-    monkeypatch.setattr("hyper_tune.torchtune.recipe.load_", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(UserError) as caught:
-        run(make_config(metric_logger=section))
-    assert str(caught.value).startswith(message)
-
-
 WANDB = {"_component_": f"{LOGGING}.WandBLogger"}
 
 
@@ -286,15 +247,6 @@ def test_a_logger_is_closed_where_the_next_cannot_be_made(
     assert (wandb.run, wandb.finished) == (None, 1)
 
 
-def test_a_library_that_is_not_installed_is_said(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="package not found") as caught:
-        Loggers([{"_component_": f"{LOGGING}.WandBLogger"}], step=0, warn=print)
-    assert str(caught.value).startswith(f"metric_logger: {LOGGING}.WandBLogger cannot be built: ")
-
-
 def test_other_ranks_log_and_show_nothing(
     make_config: ConfigMaker,
     tmp_path: Path,
@@ -313,20 +265,3 @@ def test_other_ranks_log_and_show_nothing(
         with Reporter(run) as reporter:
             reporter.add({"step": 12, "loss": 1.0, "live_ranks": 3, "tokens_per_second": 1.0})
         assert capsys.readouterr().err == ""
-
-
-def test_a_service_that_refuses_is_one_message_for_people(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Refused(Exception):
-        """As a service's library may have."""
-
-    def service() -> None:
-        raise Refused("no key for the\n  service is set")
-
-    monkeypatch.setattr(f"{LOGGING}.Service", service, raising=False)
-    with pytest.raises(UserError) as caught:
-        Loggers([{"_component_": f"{LOGGING}.Service"}], step=0, warn=print)
-    assert str(caught.value) == (
-        f"metric_logger: {LOGGING}.Service cannot be built: no key for the service is set"
-    )

@@ -19,6 +19,7 @@ from hyper_tune.metrics import Metrics
 from hyper_tune.torchtune import recipe
 from hyper_tune.torchtune.data import FileDataset
 from hyper_tune.torchtune.recipe import FineTuning
+from hyper_tune.torchtune.streaming import StreamedDataset
 from rank_budget import RankAllocator
 
 RUNS: list[FineTuning] = []
@@ -131,8 +132,9 @@ def log_samples(path: Path) -> None:
     def begin(run: FineTuning) -> None:
         write(run.step, None)
 
-    def log(data: FileDataset, index: int) -> None:
+    def log(data: FileDataset | StreamedDataset, index: int, *_: Any) -> None:
         write(None, index)
 
     wrap(FineTuning, "_optimize", begin)
     wrap(FileDataset, "__getitem__", log)
+    wrap(StreamedDataset, "sample", log)

@@ -21,6 +21,8 @@ STEPS, EPOCH = 20, 5
 # within an epoch and at its end, before the last step and after it.
 INTERRUPTS = {1: (0, 3, 10), 2: (7,)}
 ALL_INTERRUPTS = (0, 1, 2, 3, 4, 5, 7, 10, 19, 20)
+# Of a stream of buffers of four, four and two rows: between two of them, and within one.
+STREAM_INTERRUPTS = {1: (7,), 2: (3,)}
 COMPARED = ("step", "loss", "penalty", "grad_norm", "lr", "live_ranks", "tokens")
 Samples = dict[int, list[int]]
 
@@ -28,16 +30,24 @@ Samples = dict[int, list[int]]
 @pytest.fixture(scope="module")
 def config(
     write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], Path]:
+) -> Callable[..., Path]:
     """Return what writes a configuration of ten samples, two a step, saved at each step."""
     folder = tmp_path_factory.mktemp("ten")
     path = folder / "ten.jsonl"
     rows = [{"question": f"What is {n}?", "answer": f"{n * n} " + "!" * (n % 3)} for n in range(10)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset = {"_component_": "hyper_tune.torchtune.data.file_dataset", "path": str(path)}
+    rows_of = {"_component_": "hyper_tune.torchtune.data.file_dataset", "path": str(path)}
+    stream = {
+        "_component_": "hyper_tune.torchtune.streaming.StreamedDataset",
+        **{"source": "json", "data_files": str(path), "shuffle_buffer": 4},
+    }
     keys = {"max_steps": STEPS, "save_every_n_steps": 1, "keep_checkpoints": 99}
-    return lambda ranks: write_config(
-        folder, dataset=dataset, batch_size=2 // ranks, gradient_accumulation_steps=1, **keys
+    return lambda ranks, *, streamed=False: write_config(
+        folder,
+        dataset=stream if streamed else rows_of,
+        batch_size=2 // ranks,
+        gradient_accumulation_steps=1,
+        **keys,
     )
 
 
@@ -54,14 +64,15 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(
-    jobs: Any, config: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], Whole]:
+    jobs: Any, config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Whole]:
     """Return what gives the run of a number of processes, which is made once."""
 
     @cache
-    def made(ranks: int) -> Whole:
+    def made(ranks: int, *, streamed: bool = False) -> Whole:
         folder = tmp_path_factory.mktemp(f"whole-{ranks}")
-        job = jobs.start(config(ranks), folder / "run", ranks=ranks, samples=folder / "seen")
+        path = config(ranks, streamed=streamed)
+        job = jobs.start(path, folder / "run", ranks=ranks, samples=folder / "seen")
         assert job.wait() == [0] * ranks
         live = [row["live_ranks"] for row in job.rows()]
         seen = samples(folder / "seen", ranks)
@@ -107,24 +118,27 @@ def assert_every_epoch_is_whole(seen: Samples) -> None:
         assert sorted(epoch) == list(range(10))
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_run_is_the_run_itself(
     jobs: Any,
-    config: Callable[[int], Path],
-    whole: Callable[[int], Whole],
+    config: Callable[..., Path],
+    whole: Callable[..., Whole],
     nightly: bool,
     figure: Callable[..., None],
     tmp_path: Path,
     ranks: int,
+    streamed: bool,
 ) -> None:
-    path, run = config(ranks), whole(ranks)
+    path, run = config(ranks, streamed=streamed), whole(ranks, streamed=streamed)
     expected, seen, live = run.digests, run.samples, run.live_ranks
     assert_every_epoch_is_whole(seen)
     assert live[0] == live[1] > live[2] == live[3] > live[-1]
     states = [expected[f"checkpoints/step-{k + 1:08d}/state.safetensors"] for k in range(STEPS)]
     assert all(one != other for one, other in pairwise(states))
 
-    interrupts = ALL_INTERRUPTS if nightly else INTERRUPTS[ranks]
+    some = STREAM_INTERRUPTS if streamed else INTERRUPTS
+    interrupts = ALL_INTERRUPTS if nightly else some[ranks]
     for k in interrupts:
         folder, log = tmp_path / f"from-{k}", tmp_path / f"seen-{k}"
         shutil.copytree(run.folder, folder)
@@ -137,16 +151,16 @@ def test_a_resumed_run_is_the_run_itself(
         assert figures(job) == run.figures
         again = samples(log, ranks) if k < STEPS else {}
         assert again == {step: seen[step] for step in range(k, STEPS)}
-    stopped = ", ".join(map(str, interrupts))
+    stopped, of = ", ".join(map(str, interrupts)), "of a stream, " if streamed else ""
     figure(
         1,
-        f"resume on {ranks}, all of {STEPS} checkpoints, adapter and figures: 0 bytes differ",
+        f"resume {of}on {ranks}, all of {STEPS} checkpoints, adapter and figures: 0 bytes differ",
         f"0 of {len(expected) * len(interrupts)} files, interrupted after the steps {stopped}; "
         f"control: {STEPS} of {STEPS} successive checkpoints differ",
     )
     figure(
         12,
-        f"samples on {ranks} over {STEPS // EPOCH} epochs: none repeated, none skipped",
+        f"samples {of}on {ranks} over {STEPS // EPOCH} epochs: none repeated, none skipped",
         f"0 and 0, interrupted after the steps {stopped}",
     )
 
@@ -154,8 +168,8 @@ def test_a_resumed_run_is_the_run_itself(
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_five_chained_resumes_give_the_same_digest(
     jobs: Any,
-    config: Callable[[int], Path],
-    whole: Callable[[int], Whole],
+    config: Callable[..., Path],
+    whole: Callable[..., Whole],
     figure: Callable[..., None],
     tmp_path: Path,
     ranks: int,
@@ -197,8 +211,8 @@ def test_five_chained_resumes_give_the_same_digest(
 @pytest.mark.parametrize("part", ["moments", "learning rate", "allocator", "position"])
 def test_a_resume_that_forgets_a_part_is_found(
     jobs: Any,
-    config: Callable[[int], Path],
-    whole: Callable[[int], Whole],
+    config: Callable[..., Path],
+    whole: Callable[..., Whole],
     tmp_path: Path,
     part: str,
 ) -> None:
