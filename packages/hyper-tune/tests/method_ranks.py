@@ -1,10 +1,8 @@
 """What each rank of a job ends with after steps of DoRA and DyLoRA, for a test to compare.
 
-Run alone or by torchrun: `method_ranks.py FOLDER` writes FOLDER/RANK.safetensors. The ranks start
-from different seeds, and the base is on the meta device until it is sharded.
+The ranks start from different seeds, and the base is on the meta device until it is sharded.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hyper_tune import HypernetworkSettings, MethodConfig, SamplingSettings, assemble, parallel
+from hyper_tune import (
+    HypernetworkSettings,
+    MethodConfig,
+    SamplingSettings,
+    assemble,
+    parallel,
+    step,
+)
 from hyper_tune.assembly import Assembly
 from hyper_tune.tree import flatten
 from leaf_gradients import Model, data, loss_sum
@@ -58,9 +63,9 @@ def trained(name: str) -> dict[str, Tensor]:
     mine = slice(parallel.rank(), None, parallel.world_size())
     losses = []
     for _ in range(4):
-        with method.step(optimizer, 1.0) as step:
-            step.backward(loss_sum(model, x[mine], labels[mine]), (labels[mine] != -100).sum())
-        losses.append(step.report.loss)
+        with method.step(optimizer, 1.0) as block:
+            block.backward(loss_sum(model, x[mine], labels[mine]), (labels[mine] != -100).sum())
+        losses.append(block.report.loss)
     tensors, _ = flatten(method.state_dict())
     found = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
     if method.sampled is not None:
@@ -68,14 +73,16 @@ def trained(name: str) -> dict[str, Tensor]:
     return found | {"losses": torch.tensor(losses), "factors": method.stack.values.clone()}
 
 
-def main(folder: Path) -> None:
-    """Write what this rank ends with."""
-    torch.set_num_threads(1)
+def train_all(folder: str) -> None:
+    """Write FOLDER/RANKS-RANK.safetensors, what this rank ends with."""
     parallel.start(torch.device("cpu"))
     found = {f"{name}|{key}": tensor for name in CASES for key, tensor in trained(name).items()}
-    save_file(found, folder / f"{parallel.rank()}.safetensors")
+    Path(folder).mkdir(exist_ok=True)
+    save_file(found, Path(folder) / f"{parallel.world_size()}-{parallel.rank()}.safetensors")
     parallel.stop()
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def train_apart(folder: str) -> None:
+    """Do as `train_all`, but forget to sum over the processes, which the test must notice."""
+    step.sum_over_ranks_ = lambda tensor: tensor
+    train_all(folder)

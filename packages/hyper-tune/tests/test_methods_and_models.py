@@ -181,11 +181,16 @@ def test_a_rank_is_chosen_for_an_export(
     ],
     ids=["attention", "conv", "mlp", "preset"],
 )
-def test_every_body_trains_and_resumes(
-    tmp_path: Path, make_config: ConfigMaker, hypernetwork: dict[str, Any]
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].generated])
+def test_every_body_trains_resumes_and_exports_with_every_method(
+    tmp_path: Path,
+    make_config: ConfigMaker,
+    llama: dict[str, Any],
+    name: str,
+    hypernetwork: dict[str, Any],
 ) -> None:
     config = make_config(
-        method=method_section("hyperadalora") | {"hypernetwork": hypernetwork},
+        method=method_section(name) | {"hypernetwork": hypernetwork},
         optimizer={"_component_": "torch.optim.Adam", "lr": 2e-3},
         max_steps=STEPS,
         save_every_n_steps=SAVED,
@@ -194,3 +199,7 @@ def test_every_body_trains_and_resumes(
     base, trained = train(config)
     assert (trained - base).abs().max() > 0.01
     assert_resumes(config, tmp_path / "run", trained)
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(llama["checkpointer"]["checkpoint_dir"])
+        add_adapter_(plain, tmp_path / "run" / "adapter")
+        torch.testing.assert_close(plain(TOKENS).logits, trained, rtol=1e-5, atol=1e-5)

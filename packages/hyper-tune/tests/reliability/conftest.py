@@ -98,7 +98,7 @@ class Jobs:
         return self._start(output, arguments, ranks, faults, samples, "recipe")
 
     def call(self, function: str, output: Path, *arguments: str, ranks: int = 1) -> Job:
-        """Start a job that calls a function, MODULE:NAME of this folder."""
+        """Start a job that calls a function, MODULE:NAME of this folder or the one above."""
         return self._start(output, [str(output), *arguments], ranks, None, None, function)
 
     def _start(

@@ -83,6 +83,7 @@ def wait(
 
 def main() -> None:
     """Answer requests until there are no more."""
+    sys.path.append(str(Path(__file__).parents[1]))  # other folders' workers, for jobs to call
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,6 +1,7 @@
 """`hyper-tune evaluate`: what the answers of a trained model are worth."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -59,23 +60,10 @@ def evaluate(
     ] = 10,
 ) -> None:
     """Answer every question of a file, and print what the answers are worth."""
-    if execute_generated_code != (task is TaskName.HUMANEVAL):
-        raise UserError(
-            f"--task {task} runs no code; leave --execute-generated-code out."
-            if execute_generated_code
-            else "--task humaneval runs programs that the model writes, in a sandbox; read what it "
-            "promises, then add --execute-generated-code."
-        )
+    _require_consent(task, given=execute_generated_code)
     if not data.is_file():
         raise UserError(f"--data {data} is not a file.")
-    with ExitStack() as stack:
-        chosen: Task
-        if task is TaskName.HUMANEVAL:
-            sandbox = Sandbox(Limits(cpu_seconds=timeout, wall_seconds=6 * timeout))
-            chosen = HumanEvalTask(data, sandbox)
-            stack.enter_context(sandbox)
-        else:
-            chosen = TextTask(data) if task is TaskName.TEXT else Gsm8kTask(data)
+    with _task(task, data, timeout) as chosen:
         opened, run = _open(model, step=step, base=base, device=device)
         if output is None and not run:
             raise UserError(f"{model} is not a run folder; say where results go, with --output.")
@@ -92,6 +80,29 @@ def evaluate(
     rows = [(metric.name, f"{metric.value:.2f}", metric.signature) for metric in metrics]
     print_table(("metric", "value", "signature"), rows, right=[1])
     typer.echo(f"{folder / 'results.json'}")
+
+
+def _require_consent(task: TaskName, *, given: bool) -> None:
+    """Refuse to run programs that nobody asked to run, and to be asked where there are none."""
+    if given and task is not TaskName.HUMANEVAL:
+        raise UserError(f"--task {task} runs no code; leave --execute-generated-code out.")
+    if not given and task is TaskName.HUMANEVAL:
+        raise UserError(
+            "--task humaneval runs programs that the model writes, in a sandbox; read what it "
+            "promises, then add --execute-generated-code."
+        )
+
+
+@contextmanager
+def _task(name: TaskName, data: Path, timeout: int) -> Iterator[Task]:
+    """Read the questions, and open what judges the answers to them."""
+    if name is TaskName.HUMANEVAL:
+        sandbox = Sandbox(Limits(cpu_seconds=timeout, wall_seconds=6 * timeout))
+        task = HumanEvalTask(data, sandbox)
+        with sandbox:
+            yield task
+    else:
+        yield TextTask(data) if name is TaskName.TEXT else Gsm8kTask(data)
 
 
 def _open(

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from hyper_tune.durable import write_text
 from hyper_tune.errors import UserError
 from hyper_tune.model_card import CARD, model_card
 from hyper_tune.run_record import RunRecord
+
+if TYPE_CHECKING:
+    from hyper_tune.torchtune.trained import TrainedRun
 
 
 class Format(StrEnum):
@@ -49,23 +52,19 @@ def export(
     ] = False,
 ) -> None:
     """Write a run's checkpoint as a LoRA adapter or a merged model, with a model card."""
+    merged = format_ is Format.MERGED
     if output.exists():
         raise UserError(f"{output} exists; give a folder that does not.")
-    if dtype is not None and format_ is not Format.MERGED:
+    if dtype is not None and not merged:
         raise UserError(f"--dtype {dtype} is for --format merged; an adapter is float32.")
-    if compact and format_ is Format.MERGED:
+    if compact and merged:
         raise UserError("--compact is for --format peft; a merged model has no ranks.")
     record = RunRecord.read(run)
     from hyper_tune.torchtune import exports
     from hyper_tune.torchtune.trained import open_trained
 
     trained = open_trained(run, step=step, base=base)
-    ranks = trained.method.ranks()
-    if rank is not None:
-        with trained.method.at_rank(rank):
-            ranks = dict.fromkeys(ranks, rank)
-    merged = format_ is Format.MERGED
-    card = model_card(record, ranks, step=trained.step, merged=merged)
+    card = model_card(record, _ranks(trained, rank), step=trained.step, merged=merged)
     if merged:
         chosen = None if dtype is None else exports.DTYPES[dtype]
         exports.export_merged(trained, output, dtype=chosen, texts={CARD: card}, rank=rank)
@@ -80,3 +79,12 @@ def export(
         )
         write_text(output / CARD, card)
     typer.echo(f"{output}: {format_}, of step {trained.step}")
+
+
+def _ranks(trained: "TrainedRun", rank: int | None) -> dict[str, int]:
+    """Return how many components of each matrix are written; refuse a ``rank`` that cannot be."""
+    ranks = trained.method.ranks()
+    if rank is None:
+        return ranks
+    with trained.method.at_rank(rank):
+        return dict.fromkeys(ranks, rank)

@@ -35,7 +35,8 @@ def plan(
     ] = None,
 ) -> None:
     """Print parameters, memory per GPU by part and communication of a step; status 1: no fit."""
-    memory_of_gpu = None if gpu is None else gpu_bytes(gpu)
+    if gpu is not None:
+        gpu_bytes(gpu)  # refuses what names no memory, before the work
     from hyper_tune.torchtune.base_model import base_layout
     from hyper_tune.torchtune.rehearsal import longest_sample, rehearse
     from hyper_tune.torchtune.settings import COMPONENTS, RecipeSettings
@@ -48,10 +49,9 @@ def plan(
     tokens = length or longest_sample(settings)
     rehearsal = rehearse(settings, tokens)
     memory = rehearsal.memory(layout)
-    total = sum(memory.values())
     _print_parameters(rehearsal)
-    micro_batch = f"{settings.batch_size} x {tokens} tokens"
-    _print_bytes(f"memory per GPU, {micro_batch}", memory, f"peak {_processes(nproc)}")
+    peak = "peak on 1 GPU" if nproc == 1 else f"peak on each of {nproc} GPUs"
+    _print_bytes(f"memory per GPU, {settings.batch_size} x {tokens} tokens", memory, peak)
     host = {"largest weight, while loading": rehearsal.largest_weight()}
     if settings.fsdp_cpu_offload:
         host["base weights"] = rehearsal.shards(layout)
@@ -60,17 +60,16 @@ def plan(
         steps = settings.gradient_accumulation_steps
         received = rehearsal.communication(layout, steps)
         _print_bytes(f"received per GPU and step of {steps} micro-batches", received, "in all")
-    if memory_of_gpu is not None:
-        share = total / memory_of_gpu
-        fits = share <= USABLE
-        says = "fits" if fits else "does not fit"
-        typer.echo(f"{says} {gpu}: {share:.0%} of its memory; up to {USABLE:.0%} is usable")
-        if not fits:
-            raise typer.Exit(DOES_NOT_FIT)
+    if gpu is not None and not _fits(sum(memory.values()), gpu):
+        raise typer.Exit(DOES_NOT_FIT)
 
 
-def _processes(count: int) -> str:
-    return "on 1 GPU" if count == 1 else f"on each of {count} GPUs"
+def _fits(needed: int, gpu: str) -> bool:
+    """Say whether so many bytes fit the named GPU."""
+    share = needed / gpu_bytes(gpu)
+    says = "fits" if share <= USABLE else "does not fit"
+    typer.echo(f"{says} {gpu}: {share:.0%} of its memory; up to {USABLE:.0%} is usable")
+    return share <= USABLE
 
 
 def _print_parameters(rehearsal: Rehearsal) -> None:

@@ -1,8 +1,8 @@
 """A training step on the meta device: every operation with its shapes, and no memory."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from hyper_tune.torchtune.loss import cross_entropy_sum
 from hyper_tune.torchtune.nf4 import quantisable, quantise_on_meta_
 from hyper_tune.torchtune.optimization import try_optimizer
 from hyper_tune.torchtune.settings import RecipeSettings
-from lowrank_adapters import FactorStack, accumulate_orthogonality_gradient_
+from lowrank_adapters import FactorStack, LowRankLinear, accumulate_orthogonality_gradient_
 
 META = torch.device("meta")
 
@@ -42,6 +42,47 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
     Raises:
         UserError: a component cannot be built, or the model does not read so many tokens.
     """
+    built = _build(settings, length)
+    stack, owner = built.stack, built.owner
+    buffers = [buffer for _, buffer in built.model.named_buffers() if buffer.numel()]
+    own = {id(b): b for layer in built.layers.values() for b in layer.buffers(recurse=False)}
+    trained = [parameter for _, parameter in owner.named_parameters()]
+    # Learned factors are views of the stack, which is counted by itself.
+    hypernetworks = [t for t in owner.state_dict().values() if not _shares(t, stack.values)]
+    held = [*built.model.parameters(), *buffers, *hypernetworks, stack.values, stack.grads]
+    peak = _measure(built, settings, length, held)
+    return Rehearsal(
+        blocks=built.blocks,
+        root=built.root,
+        buffers=[buffer for buffer in buffers if id(buffer) not in own],
+        factors=stack.values.numel(),
+        hypernetworks=sum(p.numel() for p in trained if not _shares(p, stack.values)),
+        generation=_generation_cost(owner),
+        split=settings.split_generation,
+        offload=settings.fsdp_cpu_offload,
+        held={
+            "factors": stack.values.nbytes + sum(buffer.nbytes for buffer in own.values()),
+            "factor gradients": stack.grads.nbytes,
+            "hypernetworks and their state": sum(tensor.nbytes for tensor in hypernetworks),
+        },
+        peak={part: peak.get(part, 0) for part in _PARTS},
+    )
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What a run builds; ``blocks`` and ``root`` are the base's parameters, by where they lie."""
+
+    model: TransformerDecoder
+    blocks: list[list[nn.Parameter]]
+    root: list[nn.Parameter]
+    layers: Mapping[str, LowRankLinear]
+    stack: FactorStack
+    owner: FactorOwner
+
+
+def _build(settings: RecipeSettings, length: int) -> _Built:
+    """Put the method on the model, as a run does on one process."""
     model = build_on_meta(settings)
     if length > model.max_seq_len:
         raise UserError(
@@ -69,37 +110,24 @@ def rehearse(settings: RecipeSettings, length: int) -> Rehearsal:
     _make_runnable_(model)
     for layer in layers.values():
         layer.waiting = False  # for the base's values, which nothing here reads
-    buffers = [buffer for _, buffer in model.named_buffers() if buffer.numel()]
-    own = {id(b): b for layer in layers.values() for b in layer.buffers(recurse=False)}
-    trained = [parameter for _, parameter in owner.named_parameters()]
-    # Learned factors are views of the stack, which is counted by itself.
-    hypernetworks = [t for t in owner.state_dict().values() if not _shares(t, stack.values)]
-    optimizer = _optimizer(settings, trained)
-    held = [*model.parameters(), *buffers, *hypernetworks, stack.values, stack.grads]
+    return _Built(model, blocks, root, layers, stack, owner)
+
+
+def _measure(
+    built: _Built, settings: RecipeSettings, length: int, held: Sequence[Tensor]
+) -> Mapping[str, int]:
+    """Return the most bytes of each phase of a step, beside those of ``held``."""
+    optimizer = _optimizer(settings, [p for _, p in built.owner.named_parameters()])
     with LiveMemory(held) as memory, warnings.catch_warnings():
         # Which kernels are used is of no interest here.
         warnings.simplefilter("ignore", UserWarning)
         # The first update makes the optimizer's state, which the forward pass of the next has with
         # it.
-        _update(memory, owner, stack, optimizer, settings)
-        _forward_and_backward(memory, model, owner, settings.batch_size, length)
-        _update(memory, owner, stack, optimizer, settings, refresh=False)
-    return Rehearsal(
-        blocks=blocks,
-        root=root,
-        buffers=[buffer for buffer in buffers if id(buffer) not in own],
-        factors=stack.values.numel(),
-        hypernetworks=sum(p.numel() for p in trained if not _shares(p, stack.values)),
-        generation=_generation_cost(owner),
-        split=settings.split_generation,
-        offload=settings.fsdp_cpu_offload,
-        held={
-            "factors": stack.values.nbytes + sum(buffer.nbytes for buffer in own.values()),
-            "factor gradients": stack.grads.nbytes,
-            "hypernetworks and their state": sum(tensor.nbytes for tensor in hypernetworks),
-        },
-        peak={part: memory.peak.get(part, 0) for part in _PARTS},
-    )
+        _update(memory, built, optimizer, settings)
+        _forward_and_backward(memory, built, settings.batch_size, length)
+        _update(memory, built, optimizer, settings, refresh=False)
+    peak: Mapping[str, int] = memory.peak
+    return peak
 
 
 def _generation_cost(owner: FactorOwner) -> GenerationCost | None:
@@ -148,11 +176,9 @@ def _optimizer(settings: RecipeSettings, trained: Sequence[Tensor]) -> Optimizer
     return optimizer
 
 
-def _forward_and_backward(
-    memory: LiveMemory, model: nn.Module, owner: FactorOwner, batch_size: int, length: int
-) -> None:
+def _forward_and_backward(memory: LiveMemory, built: _Built, batch_size: int, length: int) -> None:
     memory.phase = "generated factors, kept for their gradients"
-    owner.refresh()
+    built.owner.refresh()
     memory.phase = "activations"
     tokens = torch.zeros(batch_size, length, dtype=torch.long, device=META)
     labels = torch.zeros_like(tokens)
@@ -160,8 +186,8 @@ def _forward_and_backward(
     def after_the_layers(*_: object) -> None:
         memory.phase = "logits and loss"
 
-    handle = model.get_submodule("norm").register_forward_hook(after_the_layers)
-    loss = cross_entropy_sum(model(tokens), labels)
+    handle = built.model.get_submodule("norm").register_forward_hook(after_the_layers)
+    loss = cross_entropy_sum(built.model(tokens), labels)
     handle.remove()
     memory.phase = "backward pass"
     torch.autograd.backward(loss)
@@ -169,14 +195,14 @@ def _forward_and_backward(
 
 def _update(
     memory: LiveMemory,
-    owner: FactorOwner,
-    stack: FactorStack,
+    built: _Built,
     optimizer: Optimizer,
     settings: RecipeSettings,
     *,
     refresh: bool = True,
 ) -> None:
     """Do what a step does outside the model, on the gradients that are there."""
+    owner, stack = built.owner, built.stack
     memory.phase = "hypernetwork gradients"
     if refresh:
         owner.refresh()
