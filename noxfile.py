@@ -175,6 +175,7 @@ def types(session: nox.Session) -> None:
     session.run("mypy", "recipes/generation/generation.py")
     for name in ("run", "similarity", "step_cost"):
         session.run("mypy", f"recipes/paper/{name}.py")
+    session.run("mypy", "recipes/paper/small_llama.py", "recipes/quickstart/base.py")
 
 
 @nox.session

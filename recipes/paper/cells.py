@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from experiment import MEASURES, Experiment, Point, catalogue
+from sources import Source, find_source
 
 from hyper_tune.errors import UserError
 from hyper_tune.method import METHODS
 
 RECIPES = Path(__file__).parents[1]
-_BODY = "method.hypernetwork.preset="
+_ANOTHER_SEED = 1000  # what is added to a seed
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,6 @@ def contents(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
-    """The files of a data set. ``stand_in``: what they are where they are not that data set's."""
-
-    train: Path
-    test: Path
-    stand_in: str | None
-
-
-@dataclass(frozen=True)
 class Planner:
     """Makes the cells of an experiment at a scale, on the data in a folder."""
 
@@ -102,11 +94,26 @@ class Planner:
         if any(name.endswith("to the loss") for name in self.experiment.measures_of(point)):
             found["baseline"] = self._training(self._without_hypernetwork(point), seed)
         if "evaluation" in kinds:
-            found["evaluation"] = self._evaluation(point, seed, found["training"])
+            label = f"evaluate {_label(point, seed)}"
+            found["evaluation"] = self._evaluation(point, label, found["training"], "run")
         if "similarity" in kinds:
-            other = self._training(self._without_hypernetwork(point), seed)
+            # A method without a hypernetwork is compared with itself, from another seed.
+            apart = 0 if METHODS[point["method"]].generated else _ANOTHER_SEED
+            other = self._training(self._without_hypernetwork(point), seed + apart)
             found["similarity"] = self._similarity(point, seed, (other, found["training"]))
         return found
+
+    def before(self, point: Point) -> Cell | None:
+        """Return the evaluation of the base of a point's run, where it is made here and measured.
+
+        It is the same for all points of one model and data.
+        """
+        kinds = {MEASURES[name][0] for name in self.experiment.measures_of(point)}
+        if "evaluation" not in kinds or not self._makes_base(point):
+            return None
+        base = base_cell(self.source(point["data"]).train)
+        label = f"evaluate {point['model']} before {point['data']}"
+        return self._evaluation(point, label, base, "base")
 
     def all_cells(self, seeds: Sequence[int]) -> list[Cell]:
         """Return every cell once, each after those that it needs."""
@@ -117,8 +124,12 @@ class Planner:
                 add(need)
             found.setdefault(cell.digest, cell)
 
+        points = self.experiment.points(self.scale)
+        for point in points:
+            if cell := self.before(point):
+                add(cell)
         for seed in seeds:
-            for point in self.experiment.points(self.scale):
+            for point in points:
                 for cell in self.measured(point, seed).values():
                     add(cell)
         return list(found.values())
@@ -136,47 +147,31 @@ class Planner:
         return found
 
     def source(self, name: str) -> Source:
-        """Return the files of a data set.
+        """Return the files of a data set; see `find_source`."""
+        return find_source(name, self.scale, self.data)
 
-        Raises:
-            UserError: none are in the folder; what to download and where to put it.
-        """
-        entry = catalogue()["data"][name]
-        offered = [*entry["sources"], *(entry.get("tiny", ()) if self.scale == "tiny" else ())]
-        asked = " or ".join(f"{s['train']} and {s['test']}" for s in offered)
-        get = entry["get"].replace("DATA", str(self.data or "DATA"))
-        if self.data is None or not self.data.is_dir():
-            where = "--data is missing" if self.data is None else f"--data {self.data} is no folder"
-            raise UserError(f"{where}; {name} needs {asked} in it. Where there is a network: {get}")
-        for option in offered:
-            train, test = self.data / option["train"], self.data / option["test"]
-            if train.is_file() and test.is_file():
-                return Source(train.resolve(), test.resolve(), option.get("stand_in"))
-        raise UserError(
-            f"{self.data} has no {name}: expected {asked}. Where there is a network: {get}"
-        )
-
-    @staticmethod
-    def _without_hypernetwork(point: Point) -> Point:
-        """Return the point of the run that sets the loss: no hypernetwork, and no other choice."""
-        kept = {axis: point[axis] for axis in ("model", "data")}
+    def _without_hypernetwork(self, point: Point) -> Point:
+        """Return the point of the run that sets the loss: no hypernetwork, no choice of its own."""
+        kept = {axis: point[axis] for axis in ("model", "data", *self.experiment.shared)}
         return kept | {"method": point["method"].removeprefix("hyper")}
 
     def _overrides(self, point: Point, kind: str) -> list[str]:
         groups = catalogue()["overrides"][kind][self.scale]
         method = METHODS[point["method"]]
-        own = (
+        own = {
+            "all",
             "generated" if method.generated else "learned",
             "pruned" if method.prunes else "unpruned",
-        )
-        words = [word for group in ("all", *own) for word in groups.get(group, ())]
-        if self.experiment.axes.keys() <= point.keys():
-            words += self.experiment.chosen(point, self.scale)
-        else:
-            words += self.experiment.overrides.get(self.scale, ())
-        chosen = [word for word in words if word.startswith(_BODY)]
-        # Of two presets the experiment's own is the last.
-        return [word for word in words if word not in chosen[:-1]]
+        }
+        chosen = [group for group in groups if own.issuperset(group.split())]
+        words = [word for group in chosen for word in groups[group]]
+        words += self.experiment.chosen(point, self.scale)
+        # Of two words for one key the experiment's own is the last.
+        return list({word.partition("=")[0]: word for word in words}.values())
+
+    def _makes_base(self, point: Point) -> bool:
+        config: str | None = catalogue()["models"][point["model"]][self.scale].get("config")
+        return config == "tiny_llama"
 
     def _training(self, point: Point, seed: int) -> Cell:
         model = catalogue()["models"][point["model"]]
@@ -185,7 +180,7 @@ class Planner:
 
     def _decoder(self, point: Point, seed: int, model: Mapping[str, Any]) -> Cell:
         source = self.source(point["data"]).train
-        bases = [base_cell(source)] if model["config"] == "tiny_llama" else []
+        bases = [base_cell(source)] if self._makes_base(point) else []
         words = [
             *("tune", "run", f"hyper-tune/{point['method']}_full", "--config", model["config"]),
             *("output_dir={cell}/run", f"seed={seed}", f"device={self.device}"),
@@ -202,33 +197,35 @@ class Planner:
         return Cell(_label(point, seed), tuple(words), "run/summary.json", tuple(bases), files)
 
     def _encoder(self, point: Point, seed: int, model: Mapping[str, Any]) -> Cell:
-        source = self.source(point["data"])
-        columns = catalogue()["data"][point["data"]]["text"]
+        source, entry = self.source(point["data"]), catalogue()["data"][point["data"]]
         folders = [_package(model["package"])] if "package" in model else []
+        recipe = RECIPES / "encoders"
+        files = [recipe / "train.py", recipe / "rte.yaml", source.train]
+        files += [source.test] if source.test else []
         words = [
             *("python", "{file0}", "--config", "{file1}", "output_dir={cell}/run", f"seed={seed}"),
             *(f"device={self.device}", f"method.name={point['method']}"),
-            *("~data.glue", "data.train={file2}", "data.validation={file3}"),
-            f"data.text=[{','.join(columns)}]",
-            "model={file4}" if folders else f"model={model['model']}",
+            *("~data.glue", "data.train={file2}", *entry["settings"]),
+            *(["data.validation={file3}"] if source.test else []),
+            f"model={{file{len(files)}}}" if folders else f"model={model['model']}",
             *self._overrides(point, "encoder"),
             "resume_from_checkpoint=True",
         ]
-        recipe = RECIPES / "encoders"
-        files = (recipe / "train.py", recipe / "rte.yaml", source.train, source.test, *folders)
-        return Cell(_label(point, seed), tuple(words), "run/summary.json", (), files)
+        files += folders
+        return Cell(_label(point, seed), tuple(words), "run/summary.json", (), tuple(files))
 
-    def _evaluation(self, point: Point, seed: int, run: Cell) -> Cell:
+    def _evaluation(self, point: Point, label: str, model: Cell, folder: str) -> Cell:
+        """Return the evaluation of what a cell leaves in a folder of its own."""
         task = catalogue()["data"][point["data"]]["task"]
         words = [
-            *("python", "-m", "hyper_tune", "evaluate", "{need0}/run"),
+            *("python", "-m", "hyper_tune", "evaluate", f"{{need0}}/{folder}"),
             *("--task", task, "--data", "{file0}"),
-            *("--output", "{cell}/results", "--device", self.device, *self.settings["ask"]),
+            *("--output", "{cell}/results", "--device", self.device, *self.settings["ask"][task]),
             *(["--execute-generated-code"] if task == "humaneval" else []),
         ]
-        files = (self.source(point["data"]).test,)
-        label = f"evaluate {_label(point, seed)}"
-        return Cell(label, tuple(words), "results/results.json", (run,), files)
+        test = self.source(point["data"]).test
+        assert test is not None
+        return Cell(label, tuple(words), "results/results.json", (model,), (test,))
 
     def _similarity(self, point: Point, seed: int, runs: tuple[Cell, Cell]) -> Cell:
         words = (

@@ -16,6 +16,7 @@ from hyper_tune.method import METHODS
 
 FOLDER = Path(__file__).parent / "experiments"
 SCALES = ("tiny", "real")
+MEMORY_PARTS = tuple(f"{part} (MiB)" for part in ("base", "factors", "trained", "kept"))
 # What is measured, and the task that it is measured on; None: whatever is trained on.
 MEASURES: Mapping[str, tuple[str, str | None]] = {
     **dict.fromkeys(("BLEU-4", "ROUGE-1", "BLEU-4 of characters"), ("evaluation", "text")),
@@ -26,7 +27,8 @@ MEASURES: Mapping[str, tuple[str, str | None]] = {
         ("final loss", "steps to the loss", "seconds to the loss", "seconds of equal steps"),
         ("training", None),
     ),
-    **dict.fromkeys(("memory (MiB)", "latency (ms)"), ("step cost", None)),
+    "held-out loss": ("training", None),
+    **dict.fromkeys(("memory (MiB)", "latency (ms)", *MEMORY_PARTS), ("step cost", None)),
     **dict.fromkeys(("P", "Λ", "Q", "ΔW"), ("similarity", None)),
     **{f"{name}, aligned": ("similarity", None) for name in ("P", "Λ", "Q")},
 }
@@ -42,8 +44,10 @@ class Experiment:
     ``place``: where the paper has it. ``axes``: by name, what is combined with what; the last
     changes soonest. ``choices``: by an axis that is neither model, data, method nor batch size,
     the override that a value stands for: a pattern, or one for each value; both may be by scale.
-    ``overrides``: by scale. ``tiny``: the values that axes have at that scale. ``paper``: nested
-    like the axes, then by measure. ``plot``: the axis whose values are curves of the loss.
+    ``overrides``: by scale. ``tiny``: the values that axes have at that scale; of data and
+    patterns, any. ``paper``: nested like the axes, then by measure. ``plot``: the axis whose values
+    are curves of the loss. ``shared``: axes whose value the run that is compared with has too.
+    ``notes``: what a reader of the results must know.
 
     Raises:
         UserError: an unknown key, name or measure, or a measure of a task that no data set has.
@@ -59,6 +63,8 @@ class Experiment:
     tiny: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     paper: Mapping[Any, Any] = field(default_factory=dict)
     plot: str | None = None
+    shared: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         known = catalogue()
@@ -78,8 +84,9 @@ class Experiment:
             raise UserError(f"{self.name}: choices does not say what the axis {axis!r} sets.")
         for axis, values in self.tiny.items():
             require_choice(f"{self.name}: tiny", axis, tuple(self.axes))
+            known = catalogue()["data"] if axis == "data" else self.axes[axis]
             for value in values:
-                if value not in self.axes[axis]:
+                if value not in known and not isinstance(self.choices.get(axis), str):
                     raise UserError(f"{self.name}: tiny has {axis} {value!r}, which axes has not.")
         if self.plot is not None:
             require_choice(f"{self.name}: plot", self.plot, tuple(self.axes))
@@ -115,6 +122,8 @@ class Experiment:
         """Return the overrides of the experiment at a point: its own, and those of its axes."""
         words = list(self.overrides.get(scale, ()))
         for axis, rule in self.choices.items():
+            if axis not in point:
+                continue
             rule = rule[scale] if isinstance(rule, Mapping) and scale in rule else rule
             value = point[axis]
             words.append(rule[value] if isinstance(rule, Mapping) else rule.format(value))

@@ -91,6 +91,25 @@ class Results:
             for name in names
         }
 
+    def before(self) -> list[tuple[Point, dict[str, Summary]]]:
+        """Return what the bases score before fine-tuning: a point for each model and data."""
+        found = {}
+        for point in self.planner.experiment.points(self.planner.scale):
+            if cell := self.planner.before(point):
+                place = {axis: point[axis] for axis in ("model", "data")}
+                place |= dict.fromkeys(point.keys() - place.keys(), "-")
+                found[cell] = {axis: place[axis] for axis in point} | {"method": "no fine-tuning"}
+        measured: list[tuple[Point, dict[str, Summary]]] = []
+        for cell, place in found.items():
+            done = finished(cell, self.output)
+            values = _evaluation(cell.folder(self.output) / cell.result) if done else {}
+            names = self.planner.experiment.measures_of(place)
+            numbers = {
+                name: Summary((value,)) for name in names if (value := values.get(name)) is not None
+            }
+            measured.append((place, numbers))
+        return measured
+
     def curves(self, point: Point) -> list[list[float]]:
         """Return the smoothed losses of each seed's run at a point, where it is finished."""
         cells = [self.planner.measured(point, seed)["training"] for seed in self.seeds]
@@ -135,7 +154,8 @@ class Results:
             found["steps to the loss"] = None if steps is None else float(steps)
             found["seconds to the loss"] = seconds_to(losses, seconds, target, self._window)
         after: Mapping[str, Any] = json.loads((run / "summary.json").read_text())["after"] or {}
-        return found | {name: float(after[name]) for name in ("accuracy",) if name in after}
+        names = {"accuracy": "accuracy", "loss": "held-out loss"}
+        return found | {name: float(after[key]) for key, name in names.items() if key in after}
 
 
 def _evaluation(path: Path) -> dict[str, float | None]:

@@ -39,7 +39,8 @@ def write_report(
     folder = results.output / "results"
     make_folder(folder)
     stem = folder / f"{experiment.name}-{scale}"
-    measured = [(p, results.summaries(p)) for p in experiment.points(scale)]
+    measured = results.before()
+    measured += [(p, results.summaries(p)) for p in experiment.points(scale)]
     paths = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
     if experiment.plot is not None:
         paths.append(stem.with_suffix(".png"))
@@ -155,7 +156,7 @@ def _notes(results: Results, cells: Sequence[Cell]) -> list[str]:
     jobs = max((_record(cell, results.output).get("jobs", 1) for cell in cells), default=1)
     if jobs > 1:
         notes.append(f"Up to {jobs} cells ran at a time, which lengthens every step.")
-    return [" ".join(notes), "", _machine(planner.device)]
+    return [" ".join([*notes, *experiment.notes]), "", _machine(planner.device)]
 
 
 def _machine(device: str) -> str:

@@ -4,14 +4,17 @@
         --output cost.json
 
 The model has random weights, which cost as much as trained ones. Memory is the most that the
-process has held: on CUDA of tensors, on a CPU of everything. Latency is the median of the steps
-after the first few, of a whole step: forward and backward pass, and the method's own.
+process has held: on CUDA of tensors, on a CPU of everything. Of it, in tensors: the frozen base;
+the factors and their gradients; what is trained beside them, with its gradients, and all the
+optimizer's averages; and what the hypernetworks keep for their backward pass.
+Latency is the median of the steps after the first few, of a whole step: forward and backward pass,
+and the method's own.
 """
 
 import json
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from statistics import median
@@ -29,7 +32,8 @@ from transformers import (
 from hyper_tune import MethodConfig
 from hyper_tune.durable import write_text
 from hyper_tune.errors import PERSONS_MISTAKES
-from hyper_tune.hf import adapt
+from hyper_tune.hf import AdaptedModel, adapt
+from hyper_tune.memory import LiveMemory
 from hyper_tune.method import METHODS, HypernetworkSettings
 from hyper_tune.parallel import usable_device
 from hyper_tune.provenance import start_record
@@ -122,10 +126,41 @@ def measure(
         model(input_ids=tokens, labels=labels).loss.backward()
         optimizer.step()
         seconds.append(_now(device) - started)
-    return {
-        "memory (MiB)": _peak_bytes(device) / _MIB,
-        "latency (ms)": 1e3 * median(seconds[_WARM_UP:]),
+    found = {"memory (MiB)": _peak_bytes(device) / _MIB, **parts(adapted, optimizer)}
+    return found | {"latency (ms)": 1e3 * median(seconds[_WARM_UP:])}
+
+
+def parts(adapted: AdaptedModel, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return MiB of tensors by what they are for, each storage counted once.
+
+    The gradients of what is trained, which the end of a step frees, take what it does.
+    """
+    method = adapted.method
+    stack = [method.stack.values, method.stack.grads]
+    trained = method.parameters()
+    averages = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    base = [*adapted.model.parameters(), *adapted.model.buffers()]
+    with LiveMemory([*base, *stack, *trained]) as kept:
+        method.owner.refresh()
+    method.owner.discard()
+    sizes = {
+        "factors": _bytes(stack),
+        "trained": 2 * _bytes(trained, besides=stack) + _bytes(averages),
+        "base": _bytes(base, besides=[*stack, *trained]),
+        "kept": kept.bytes,
     }
+    return {f"{name} (MiB)": size / _MIB for name, size in sizes.items()}
+
+
+def _bytes(tensors: Iterable[torch.Tensor], besides: Iterable[torch.Tensor] = ()) -> int:
+    others = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for place, size in storages.items() if place not in others)
 
 
 def config(name: str) -> MethodConfig:
