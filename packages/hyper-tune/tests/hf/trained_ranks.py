@@ -1,8 +1,9 @@
 """Trains a small classifier on each rank of a job, for the tests to compare with one process.
 
 Run by torchrun, or alone: `trained_ranks.py FOLDER` writes FOLDER/KIND-RANK-of-RANKS.safetensors
-for each of `KINDS`: losses, gradients of what is trained at each step, the last state, and the last
-state of a run of several ranks that went on from the middle of the first; and FOLDER/KIND-of-RANKS, the adapter.
+for each of `KINDS`: losses, gradients of what is trained at each step, the last state, and in a job
+the last state of a run that went on from the middle of the first. FOLDER/KIND of RANKS/adapter is
+the adapter.
 """
 
 import os
