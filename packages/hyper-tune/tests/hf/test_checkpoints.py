@@ -169,3 +169,45 @@ def test_packed_state_comes_back(hf: SimpleNamespace, tmp_path: Path, name: str)
     for adapted in (first, second):
         adapted.write_factors_()
     assert torch.equal(first.method.stack.values, second.method.stack.values)
+
+
+@pytest.mark.parametrize("name", ["hyperadalora", "adalora", "dylora", "hyperdora"])
+@pytest.mark.parametrize("begun", ["forward", "backward", "steps"])
+def test_a_step_under_way_is_dropped_by_loading(
+    hf: SimpleNamespace, tmp_path: Path, name: str, begun: str
+) -> None:
+    def build(seed: int) -> Any:
+        torch.manual_seed(seed)
+        model = hf.classifier(seed=0)
+        adapted = adapt(model, hf.configure(name), total_steps=8, dtype=torch.float64)
+        adapted.optimizers(lr=hf.LR, head_lr=hf.HEAD_LR, optimizer=torch.optim.SGD)
+        return adapted
+
+    def forward(adapted: Any, row: int) -> Any:
+        words = hf.rows()[row]["input_ids"].unsqueeze(0)
+        return adapted.model(input_ids=words, labels=torch.tensor([row % 2]))["loss"]
+
+    def take(adapted: Any, rows: range) -> list[float]:
+        losses = []
+        for row in rows:
+            losses.append(forward(adapted, row))
+            losses[-1].backward()
+            adapted.optimizer.step()
+        return [float(loss.detach()) for loss in losses]
+
+    saved = build(1)
+    take(saved, range(3))
+    saved.save(tmp_path)
+    fresh, busy = build(2), build(3)
+    if begun == "steps":
+        take(busy, range(3, 8))
+    loss = forward(busy, 9)
+    if begun != "forward":
+        (1e3 * loss).backward()
+    for adapted in (fresh, busy):
+        adapted.load(tmp_path)
+    hf.assert_same(hf.state_of(busy), hf.state_of(fresh))
+    assert (busy.steps, busy.skipped) == (fresh.steps, fresh.skipped) == (3, 0)
+    busy.export(tmp_path / "adapter")  # refused where a step with gradients is under way
+    assert take(busy, range(3, 6)) == take(fresh, range(3, 6))
+    hf.assert_same(hf.state_of(busy), hf.state_of(fresh))

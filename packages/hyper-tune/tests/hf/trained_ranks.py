@@ -1,8 +1,9 @@
 """Trains a small classifier on each rank of a job, for the tests to compare with one process.
 
 Run by torchrun, or alone: `trained_ranks.py FOLDER` writes FOLDER/KIND-RANK-of-RANKS.safetensors
-for each of `KINDS`: losses, gradients of what is trained at each step, the last state, and the last
-state of a run that went on from the middle of the first; and FOLDER/KIND-of-RANKS, the adapter.
+for each of `KINDS`: losses, gradients of what is trained at each step, the last state, and in a job
+the last state of a run that went on from the middle of the first. FOLDER/KIND of RANKS/adapter is
+the adapter.
 """
 
 import os
@@ -27,6 +28,7 @@ from hyper_tune.method import HypernetworkSettings, PruningSettings
 
 STEPS, BATCH, CLIP = 4, 4, 0.5
 SGD = {"lr": 1e-2, "optimizer": torch.optim.SGD, "momentum": 0.9}
+BEST = {"load_best_model_at_end": True, "greater_is_better": False}
 Found = dict[str, Tensor]
 
 
@@ -97,7 +99,6 @@ def assert_sharded(adapted: AdaptedModel) -> None:
 
 def by_hand(folder: Path) -> tuple[AdaptedModel, Found]:
     """Train in a loop of torch's, with the base in shards where there are several ranks."""
-    del folder
     adapted = build(1 + int(os.environ.get("RANK", "0")))
     adapted.plan_(STEPS)
     if ranks() > 1:
@@ -117,6 +118,12 @@ def by_hand(folder: Path) -> tuple[AdaptedModel, Found]:
         labels = torch.tensor([row["labels"] for row in part])
         adapted.model(input_ids=words, labels=labels)["loss"].backward()
         optimizer.step()
+    if ranks() > 1:
+        with pytest.raises(UserError, match="the base is in shards already; call shard_ once"):
+            shard_(adapted)
+        arguments = TrainingArguments(str(folder / "run"), use_cpu=True, report_to=[])
+        with pytest.raises(UserError, match="Trainer would wrap it again; make Trainer first"):
+            Trainer(adapted.model, arguments, callbacks=[adapted.callback()])
     return adapted, found
 
 
@@ -199,6 +206,7 @@ def by_trainer(
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2") if resume else None)
     assert adapted.reduced == (ranks() > 1 and not shard and not evaluate_first)
+    assert adapted.steps == (2 if arguments.load_best_model_at_end else STEPS)
     history = trainer.state.log_history
     losses = [row[key] for row in history for key in ("loss", "eval_loss") if key in row]
     return adapted, found | {"losses": torch.tensor(losses, dtype=torch.float64)}
@@ -212,6 +220,7 @@ KINDS: dict[str, Train] = {
     "Trainer, DDP": partial(by_trainer, shard=False),
     "Trainer, evaluated first": partial(by_trainer, shard=False, evaluate_first=True),
     "Trainer, sharded": partial(by_trainer, shard=True),
+    "Trainer, sharded, best": partial(by_trainer, shard=True, **BEST),
     "Trainer, sharded, bf16": partial(by_trainer, shard=True, dtype=torch.float32, bf16=True),
 }
 
@@ -225,7 +234,7 @@ def main(folder: Path) -> None:
         found |= state_of(adapted, "state")
         if parallel.rank() == 0:
             adapted.export(place / "adapter")
-        if train is not by_hand:
+        if train is not by_hand and ranks() > 1:
             found |= state_of(train(place, resume=True)[0], "resumed")
         save_file(found, folder / f"{kind}-{parallel.rank()}-of-{ranks()}.safetensors")
     del adapted

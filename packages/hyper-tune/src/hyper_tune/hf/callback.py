@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hyper_tune.errors import UserError
-from hyper_tune.hf.accelerated import FSDP_REFUSED
+from hyper_tune.hf.sharding import refuse_fsdp
 from hyper_tune.parallel import world_size
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _check_setup(args: TrainingArguments) -> None:
     if args.deepspeed:
         raise UserError("Trainer uses DeepSpeed, whose gradients are not seen; use DDP.")
     if args.fsdp or AcceleratorState().distributed_type == DistributedType.FSDP:
-        raise UserError(FSDP_REFUSED.format("Trainer", "trainer.accelerator"))
+        refuse_fsdp("Trainer", "trainer.accelerator")
     if args.n_gpu > 1:
         raise UserError(
             f"Trainer would copy the model to {args.n_gpu} GPUs in one process; start it with "
