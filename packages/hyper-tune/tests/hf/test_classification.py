@@ -9,7 +9,8 @@ import datasets
 import pytest
 
 from hyper_tune import UserError
-from hyper_tune.hf.classification import ClassificationData, decode, load_classification
+from hyper_tune.hf.classification import ClassificationData, load_classification
+from hyper_tune.hf.encoding import decode
 from hyper_tune.hf.glue import GLUE
 
 TSV = 'index\tsentence1\tsentence2\tlabel\n0\tIt "rains.\tIt is wet.\tyes\n1\tOne.\tTwo.\tno\n'
@@ -54,6 +55,15 @@ def test_numbers_are_labels_in_their_order(tmp_path: Path) -> None:
     train, _ = load_classification(pairs(path))
     assert train.names == ("-1", "0", "2", "10", "word")
     assert [train.names[number] for number in train.labels] == labels
+
+
+def test_numbers_with_a_point_may_be_names_of_classes(tmp_path: Path) -> None:
+    path = tsv(tmp_path, TSV.replace("no\n", "0.5\n").replace("yes\n", "1.0\n"))
+    named, _ = load_classification(pairs(path, labels=["0.5", "1.0"]))
+    assert (named.names, named.labels) == (("0.5", "1.0"), [1, 0])
+    whole = tsv(tmp_path, TSV.replace("no\n", "0.0\n").replace("yes\n", "1.0\n"))
+    found, _ = load_classification(pairs(whole))
+    assert (found.names, found.labels) == (("0.0", "1.0"), [1, 0])
 
 
 def test_folder_has_a_file_for_each_label_and_a_split_of_its_own(tmp_path: Path) -> None:
@@ -108,6 +118,12 @@ MISTAKES = {
         TSV.replace("no\n", "yes\n"),
         {},
         "data has the one label 'yes', in ",
+    ),
+    "regression": (
+        TSV.replace("no\n", "3.8\n"),
+        {},
+        "train.tsv:3: the label is 3.8, a number that counts no classes; regression is not trained "
+        "here; if it is the name of a class, name all of them in data.labels.",
     ),
     "few rows": (
         TSV,
@@ -188,6 +204,13 @@ def test_settings_that_cannot_be_are_refused() -> None:
         ({}, "data needs either glue, a task of GLUE, or train, a file; give one."),
         ({"glue": "rte", "train": "x"}, "data needs either glue"),
         ({"glue": "rt"}, "did you mean 'rte'?"),
+        (
+            {"glue": "stsb"},
+            "data.glue is 'stsb', but its labels are similarities from 0 to 5, which is "
+            "regression; only classification is trained here: cola, mnli, mrpc, qnli, qqp, rte, ",
+        ),
+        ({"glue": "STS-B"}, "data.glue is 'STS-B', but its labels are similarities"),
+        ({"glue": "ax"}, "data.glue is 'ax', but it has no labels, and no rows to train on; "),
         ({"train": "x.tsv"}, "data.text is [], but must be one or two columns; name them."),
         ({"train": "x.tsv", "text": ["a", "b", "c"]}, "must be one or two columns"),
         ({"train": "x.tsv", "text": "a", "labels": ["a", 1, "1"]}, "must be names that differ"),

@@ -8,14 +8,16 @@ import csv
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hyper_tune.checks import require, require_choice, require_number
+from hyper_tune.checks import require, require_number
 from hyper_tune.errors import UserError
-from hyper_tune.hf.glue import GLUE, load_glue
+from hyper_tune.hf.encoding import decode
+from hyper_tune.hf.glue import GLUE, check_glue, load_glue
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class ClassificationData:
         if (self.glue is None) == (self.train is None):
             raise UserError("data needs either glue, a task of GLUE, or train, a file; give one.")
         if self.glue is not None:
-            require_choice("data.glue", self.glue, GLUE)
+            check_glue(self.glue)
             object.__setattr__(self, "text", GLUE[self.glue])
         elif isinstance(self.text, str):
             object.__setattr__(self, "text", (self.text,))
@@ -102,9 +104,23 @@ def load_classification(data: ClassificationData) -> tuple[LabelledTexts, Labell
             train, held_out = _split(train, data)
         else:
             held_out = _read(Path(data.validation), data)
-        names = tuple(sorted({row.label for row in train}, key=_place))
+        found = set() if data.labels else {_class(row) for row in train}
+        names = tuple(sorted(found, key=_place))
     names = tuple(data.labels or names)
     return _numbered(train, names), _numbered(held_out, names)
+
+
+_MEASURED = re.compile(r"[-+]?\d*\.\d+")
+
+
+def _class(row: Row) -> str:
+    """Return the label, unless it measures something, as STS-B's similarities do."""
+    if _MEASURED.fullmatch(row.label) and not float(row.label).is_integer():
+        raise UserError(
+            f"{row.where}: the label is {row.label}, a number that counts no classes; regression "
+            "is not trained here; if it is the name of a class, name all of them in data.labels."
+        )
+    return row.label
 
 
 def _place(label: str) -> tuple[float, str]:
@@ -240,48 +256,3 @@ _READERS: Mapping[str, Callable[[Path, str], Records]] = {
     ".jsonl": _json_lines,
     ".parquet": _parquet,
 }
-
-
-def decode(path: Path, encoding: str) -> str:
-    """Return a file's text.
-
-    Raises:
-        UserError: it is not of that encoding, or mixes it with UTF-8; lines are named.
-    """
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    name = codecs.lookup(encoding).name
-    if not name.startswith(("utf-16", "utf-32")):
-        _check_lines(path, content.split(b"\n"), name)
-    try:
-        return content.decode(encoding).replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not {encoding} ({error.reason}).") from error
-
-
-def _check_lines(path: Path, lines: list[bytes], encoding: str) -> None:
-    """Refuse lines that are UTF-8 and should not be, or the other way about."""
-    special = {i: _is_utf8(line) for i, line in enumerate(lines, 1) if not line.isascii()}
-    utf8 = next((i for i, fits in special.items() if fits), None)
-    other = next((i for i, fits in special.items() if not fits), None)
-    if utf8 and other:
-        raise UserError(
-            f"{path} mixes encodings: line {utf8} is UTF-8, and line {other} is not; convert the "
-            "file to UTF-8."
-        )
-    if encoding == "utf-8" and other:
-        raise UserError(
-            f"{path}:{other}: not UTF-8; set data.encoding, such as latin-1, or convert the file."
-        )
-    if encoding != "utf-8" and utf8:
-        raise UserError(
-            f"{path}:{utf8}: data.encoding is {encoding}, but this is UTF-8; leave it out."
-        )
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True

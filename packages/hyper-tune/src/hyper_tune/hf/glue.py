@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from hyper_tune.checks import require_choice
 from hyper_tune.errors import UserError
 
 GLUE: Mapping[str, tuple[str, ...]] = {
@@ -14,9 +15,30 @@ GLUE: Mapping[str, tuple[str, ...]] = {
     "sst2": ("sentence",),
     "wnli": ("sentence1", "sentence2"),
 }
+_OTHER = {
+    "stsb": "its labels are similarities from 0 to 5, which is regression",
+    "ax": "it has no labels, and no rows to train on",
+}
 REPOSITORY = "nyu-mll/glue"
 
 Texts = tuple[tuple[str, ...], str, str]
+
+
+def check_glue(task: str) -> None:
+    """Refuse what is no classification task of GLUE.
+
+    Raises:
+        UserError: an unknown name, or a task of another kind.
+
+    >>> check_glue("rte")
+    """
+    name = str(task).lower().replace("-", "")
+    if name in _OTHER:
+        raise UserError(
+            f"data.glue is {task!r}, but {_OTHER[name]}; only classification is trained here: "
+            f"{', '.join(GLUE)}."
+        )
+    require_choice("data.glue", task, GLUE)
 
 
 def load_glue(task: str) -> tuple[list[Texts], list[Texts], tuple[str, ...]]:
