@@ -30,6 +30,7 @@ from rank_budget import (
     RankedMatrices,
     SmoothedSensitivity,
     arena,
+    products,
     ranked_layers,
 )
 
@@ -39,6 +40,8 @@ LLAMA |= {"gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}
 SIZES = {"Llama-3.1-8B": LLAMA, "64-wide": dict.fromkeys(LLAMA, (64, 64))}
 VIEWS = {"view", "unbind", "slice", "alias", "split_with_sizes", "squeeze", "unsqueeze", "t"}
 VIEWS |= {"detach", "expand", "select", "transpose", "_unsafe_view"}
+PLAIN = {"": SmoothedSensitivity()}
+COMPILED = {", compiled": SmoothedSensitivity(compile=True)}
 STEPS = 10**6  # far from the end, where both would stop
 INTERVAL = 2
 KINDS = ("between", "allocating")
@@ -115,7 +118,7 @@ def schedule_of(matrices: int) -> CubicBudget:
     return schedule.times(matrices)
 
 
-def stacked(model: nn.Module) -> RankAllocator:
+def stacked(model: nn.Module, score: SmoothedSensitivity) -> RankAllocator:
     """Return an allocator on copies of the tensors in stacks, as lowrank-adapters has them."""
     layers = ranked_layers(model)
     groups: dict[tuple[str, int], list[str]] = {}
@@ -141,26 +144,25 @@ def stacked(model: nn.Module) -> RankAllocator:
         [RankedMatrices(tuple(layers), *lam, mask)],
         schedule_of(len(layers)),
         factors=factors,
-        score=SmoothedSensitivity(),
+        score=score,
         direction="regrow",
     )
 
 
-def allocators(shapes: dict[str, tuple[int, int]], layers: int) -> dict[str, Callable[[], None]]:
-    """Return what takes a step of each allocator."""
+def allocators(
+    shapes: dict[str, tuple[int, int]], layers: int, scores: dict[str, SmoothedSensitivity]
+) -> dict[str, Callable[[], None]]:
+    """Return what takes a step of each allocator; ``scores``: by what their rows are called."""
     model = model_of(shapes, layers)
     matrices = layers * len(shapes)
-    separate = RankAllocator(
-        ranked_layers(model),
-        schedule_of(matrices),
-        score=SmoothedSensitivity(),
-        direction="regrow",
-    )
-    return {
-        "PEFT": peft_step(model, matrices),
-        "rank-budget, PEFT's tensors": our_step(separate),
-        "rank-budget, stacks": our_step(stacked(model)),
-    }
+    steps = {"PEFT": peft_step(model, matrices)}
+    for how, score in scores.items():
+        separate = RankAllocator(
+            ranked_layers(model), schedule_of(matrices), score=score, direction="regrow"
+        )
+        steps[f"rank-budget, PEFT's tensors{how}"] = our_step(separate)
+        steps[f"rank-budget, stacks{how}"] = our_step(stacked(model, score))
+    return steps
 
 
 def counted(step: Callable[[], None]) -> int:
@@ -171,17 +173,20 @@ def counted(step: Callable[[], None]) -> int:
 
 
 def operations(shapes: dict[str, tuple[int, int]], layers: int, *, runs: bool) -> dict[str, int]:
-    """Return those of a step that allocates; without ``runs``, as on an accelerator."""
-    limits = arena.CACHED, arena.LARGE
+    """Return those of a step that allocates; without ``runs``, as on an accelerator.
+
+    What is compiled has none to be seen, and is compiled no more once it was looked at so.
+    """
+    limits = arena.CACHED, products.LARGE
     if not runs:
-        arena.CACHED = arena.LARGE = 2**62
+        arena.CACHED = products.LARGE = 2**62
     try:
-        steps = allocators(shapes, layers)
+        steps = allocators(shapes, layers, PLAIN)
         for step in steps.values():
             step()
         return {name: counted(step) for name, step in steps.items()}
     finally:
-        arena.CACHED, arena.LARGE = limits
+        arena.CACHED, products.LARGE = limits
 
 
 def times(steps: dict[str, Callable[[], None]], rounds: int) -> dict[tuple[str, str], list[float]]:
@@ -212,13 +217,13 @@ def rows(size: str, layers: int, rounds: int, threads: list[int]) -> list[str]:
     """Return lines of the table."""
     shapes = SIZES[size]
     counts = [operations(shapes, layers, runs=runs) for runs in (False, True)]
-    steps = allocators(shapes, layers)
+    steps = allocators(shapes, layers, PLAIN | COMPILED)
     lines = []
     for number in threads:
         torch.set_num_threads(number)
         found = times(steps, rounds)
         for name in steps:
-            cells = [size, str(number), name, *(str(count[name]) for count in counts)]
+            cells = [size, str(number), name, *(str(count.get(name, "-")) for count in counts)]
             for kind in KINDS:
                 pairs = zip(found["PEFT", kind], found[name, kind], strict=True)
                 quotient = statistics.median(theirs / ours for theirs, ours in pairs)
@@ -259,7 +264,8 @@ def report(layers: int, rounds: int, threads: list[int]) -> str:
         "rounds that take turns, quotients medians of those within a round; the load of "
         f"the machine was {LOAD:.0f} at the start, 0 being idle. Operations are those of a step "
         "that allocates, views left out: first where all is one run, as on an "
-        "accelerator or where a CPU's cache holds it, then here, in runs that the cache holds.",
+        "accelerator or where a CPU's cache holds it, then here, in runs that the cache holds. "
+        "Compiled is what `SmoothedSensitivity(compile=True)` does; compiling is not timed.",
         "",
         "| sizes | threads | allocator | operations, one run | here | ms between | times PEFT's "
         "speed | ms allocating | times PEFT's speed |",

@@ -201,6 +201,18 @@ def test_factors_that_are_not_in_one_buffer_are_chosen_from_together(kit, monkey
     assert parts.live_ranks == 3
 
 
+@pytest.mark.parametrize("large", [2**40, 1])
+def test_what_a_frozen_module_holds_is_not_looked_at(kit, monkeypatch, large):
+    monkeypatch.setattr("rank_budget.products.LARGE", large)
+    layers, allocator = build(kit, score=SmoothedSensitivity(), missing="skip")
+    for role in ("p", "lam", "q"):
+        factor = getattr(layers["b"], role)
+        factor.grad = None
+        factor.data.fill_(torch.inf)
+    assert allocator.step() is not None
+    assert (allocator.steps, allocator.skipped) == (1, 0)
+
+
 def test_factors_are_grouped_by_device(kit, monkeypatch):
     """On tensors without values, as of an accelerator, all is one run; on a CPU it need not be."""
     monkeypatch.setattr("rank_budget.arena.CACHED", 1)

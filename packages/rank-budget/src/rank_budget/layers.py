@@ -1,6 +1,5 @@
 """What the allocator asks of a layer, and where it finds such layers in a model."""
 
-from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,15 +54,15 @@ class AdaLoraLayer:
 
     def __init__(self, module: Any, adapter: str, key: str = "", config: Any = None) -> None:
         self._key, self._config = f"{key}.lora_E", config
-        self._p: MutableMapping[str, Tensor] = module.lora_B
-        self._lam: MutableMapping[str, Tensor] = module.lora_E
-        self._q: MutableMapping[str, Tensor] = module.lora_A
+        self._p: nn.ParameterDict = module.lora_B
+        self._lam: nn.ParameterDict = module.lora_E
+        self._q: nn.ParameterDict = module.lora_A
         self._adapter = adapter
 
     @property
     def p(self) -> Tensor:
         """Return lora_B (out, rank)."""
-        return self._p[self._adapter]
+        return _parameter(self._p, self._adapter)
 
     @p.setter
     def p(self, factor: Tensor) -> None:
@@ -72,7 +71,7 @@ class AdaLoraLayer:
     @property
     def lam(self) -> Tensor:
         """Return lora_E (rank, 1)."""
-        return self._lam[self._adapter]
+        return _parameter(self._lam, self._adapter)
 
     @lam.setter
     def lam(self, factor: Tensor) -> None:
@@ -81,7 +80,7 @@ class AdaLoraLayer:
     @property
     def q(self) -> Tensor:
         """Return lora_A (rank, in)."""
-        return self._q[self._adapter]
+        return _parameter(self._q, self._adapter)
 
     @q.setter
     def q(self, factor: Tensor) -> None:
@@ -111,6 +110,12 @@ class AdaLoraLayer:
         for place, here in zip(places, mask.tolist(), strict=True):
             kept[place] = here
         self._config.rank_pattern = pattern | {self._key: kept}
+
+
+def _parameter(parameters: nn.ParameterDict, key: str) -> Tensor:
+    """Return ``parameters[key]``, several times as fast: a step reads hundreds of them."""
+    found = parameters._parameters.get(key)
+    return parameters[key] if found is None else found
 
 
 def ranked_layers(model: nn.Module, adapter: str = "default") -> dict[str, RankedLayer]:

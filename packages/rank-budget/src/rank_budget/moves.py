@@ -1,7 +1,8 @@
 """AdaLoRA's averages on one device: moved pass by pass in runs, or compiled to a single pass."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,14 +21,14 @@ class Moving:
         self._weights = weights.to(arena.device, arena.dtype)
         flats = map(arena.by_run, (self.mean, self.spread))
         self._parts = list(zip(arena.runs, *flats, strict=True))
-        self._compiled = compiled
-        if compiled:
-            self._compile()
+        self._move_at_once_ = _compiled() if compiled else None
+        if self._move_at_once_ is not None:
+            self._compile(self._move_at_once_)
 
-    def _compile(self) -> None:
+    def _compile(self, move_at_once_: Callable[..., None]) -> None:
         """Compile for these averages, which are zero, and stay so."""
         try:
-            _move_at_once_(self.arena.products, self.mean, self.spread, *self._weights.unbind())
+            move_at_once_(self.arena.products, self.mean, self.spread, *self._weights.unbind())
         except RuntimeError as error:
             first = str(error).strip().partition("\n")[0]
             raise BudgetError(
@@ -47,10 +48,10 @@ class Moving:
         if finite is not None:
             weights = weights * finite.to(self.arena.device)
         move1, move2 = weights.unbind()
-        if self._compiled:
+        if self._move_at_once_ is not None:
             if present is not None:
                 move1, move2 = move1 * present, move2 * present
-            _move_at_once_(self.arena.products, self.mean, self.spread, move1, move2)
+            self._move_at_once_(self.arena.products, self.mean, self.spread, move1, move2)
             return self.scores() if choosing else []
         if finite is not None:
             # A weight of zero keeps an average, if what it weighs is a number.
@@ -97,7 +98,12 @@ def _move_(
     spread.lerp_(room, moves[1])
 
 
-@torch.compile
+@cache
+def _compiled() -> Callable[..., None]:
+    """Return `_move_at_once_` to be compiled, once for all allocators of a kind."""
+    return torch.compile(_move_at_once_)
+
+
 def _move_at_once_(
     products: Tensor, mean: Tensor, spread: Tensor, move1: Tensor, move2: Tensor
 ) -> None:
