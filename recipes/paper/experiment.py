@@ -31,6 +31,7 @@ MEASURES: Mapping[str, tuple[str, str | None]] = {
     **dict.fromkeys(("memory (MiB)", "latency (ms)", *MEMORY_PARTS), ("step cost", None)),
     **dict.fromkeys(("P", "Λ", "Q", "ΔW"), ("similarity", None)),
     **{f"{name}, aligned": ("similarity", None) for name in ("P", "Λ", "Q")},
+    **{f"{name}, in both": ("similarity", None) for name in ("P", "Q")},
 }
 _FREE_AXES = ("batch size",)
 
@@ -43,11 +44,11 @@ class Experiment:
 
     ``place``: where the paper has it. ``axes``: by name, what is combined with what; the last
     changes soonest. ``choices``: by an axis that is neither model, data, method nor batch size,
-    the override that a value stands for: a pattern, or one for each value; both may be by scale.
-    ``overrides``: by scale. ``tiny``: the values that axes have at that scale; of data and
-    patterns, any. ``paper``: nested like the axes, then by measure. ``plot``: the axis whose values
-    are curves of the loss. ``shared``: axes whose value the run that is compared with has too.
-    ``notes``: what a reader of the results must know.
+    the override that a value stands for: a pattern, or one for each value; both may be by scale,
+    by method, or by both. ``overrides``: by scale. ``tiny``: the values that axes have at that
+    scale; of data and patterns, any. ``paper``: nested like the axes, then by measure. ``plot``:
+    the axis whose values are curves of the loss. ``shared``: axes whose value the run that is
+    compared with has too. ``notes``: what a reader of the results must know.
 
     Raises:
         UserError: an unknown key, name or measure, or a measure of a task that no data set has.
@@ -124,7 +125,8 @@ class Experiment:
         for axis, rule in self.choices.items():
             if axis not in point:
                 continue
-            rule = rule[scale] if isinstance(rule, Mapping) and scale in rule else rule
+            for key in (scale, point["method"]):
+                rule = rule.get(key, rule) if isinstance(rule, Mapping) else rule
             value = point[axis]
             words.append(rule[value] if isinstance(rule, Mapping) else rule.format(value))
         return words

@@ -50,30 +50,37 @@ def align(reference: Components, other: Components) -> Components:
 
 
 def similarities(reference: Components, other: Components) -> dict[str, float]:
-    """Return the cosines of one matrix' factors, as they lie and aligned, and of the updates."""
+    """Return the cosines of one matrix' factors: as they lie, aligned, of the components that are
+    left in both; and of the updates.
+    """
     aligned = align(reference, other)
     found = {}
     for name, attribute in (("P", "p"), ("Λ", "lam"), ("Q", "q")):
         mine = getattr(reference, attribute)
         found[name] = _cosine(mine, getattr(other, attribute))
         found[f"{name}, aligned"] = _cosine(mine, getattr(aligned, attribute))
+    # A pruned component is zero, so that a pair of which one is pruned adds nothing to a cosine.
+    both = reference.p.any(dim=1) & other.p.any(dim=1)
+    for name, attribute in (("P", "p"), ("Q", "q")):
+        mine, theirs = (getattr(parts, attribute)[both] for parts in (reference, other))
+        found[f"{name}, in both"] = _cosine(mine, theirs)
     return found | {"ΔW": _cosine(_update(reference), _update(other))}
 
 
 def compare(
     reference: Mapping[str, Components], other: Mapping[str, Components]
 ) -> dict[str, float]:
-    """Return the means over the matrices in which both have a component left.
+    """Return the means over the matrices in which a component is left in both.
 
     Raises:
-        UserError: the matrices differ, or in none both have a component.
+        UserError: the matrices differ, or in none both have one component.
     """
     if reference.keys() != other.keys():
         odd = sorted(reference.keys() ^ other.keys())
         raise UserError(f"the runs adapt different matrices, such as {odd[0]}.")
-    both = [n for n in reference if reference[n].lam.any() and other[n].lam.any()]
+    both = [n for n in reference if (reference[n].p.any(1) & other[n].p.any(1)).any()]
     if not both:
-        raise UserError("there is no matrix in which both runs have a component left.")
+        raise UserError("there is no matrix in which both runs have the same component left.")
     found = [similarities(reference[name], other[name]) for name in both]
     means = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
     return means | {"matrices": len(both), "of": len(reference)}
