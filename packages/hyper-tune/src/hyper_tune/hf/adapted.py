@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hyper_tune.assembly import Assembly
 from hyper_tune.errors import PERSONS_MISTAKES, UserError
-from hyper_tune.hf.heads import task_type
+from hyper_tune.hf.heads import ignores_count, task_type
 from hyper_tune.hf.optimizer import MethodOptimizer
 from hyper_tune.hf.saved import STATE, is_packed, read_state, unpack, write_state
 from hyper_tune.step import StepReport, TrainingStep
@@ -62,8 +62,7 @@ class AdaptedModel:
         untyped.register_load_state_dict_pre_hook(self._before_loading)
         untyped.register_load_state_dict_post_hook(self._after_loading)
         untyped.to = self._to
-        if task_type(model) == "SEQ_CLS":
-            # These models take a count of items for their loss, and most of them do not use it:
+        if ignores_count(model):
             # Trainer would multiply the loss by the number of micro-batches and processes.
             untyped.accepts_loss_kwargs = False
         if hasattr(model, "save_pretrained"):

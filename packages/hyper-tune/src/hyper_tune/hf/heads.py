@@ -1,4 +1,6 @@
-"""What of a transformers model is a head for its task, and what PEFT calls the task."""
+"""What of a transformers model is a head for its task, what PEFT calls the task, and its loss."""
+
+import inspect
 
 from torch import nn
 
@@ -9,6 +11,7 @@ _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
 }
+_COUNTING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
 
 
 def head_names(model: nn.Module) -> list[str]:
@@ -45,3 +48,20 @@ def task_type(model: nn.Module) -> str | None:
     """
     name = type(model).__name__
     return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+
+
+def ignores_count(model: nn.Module) -> bool:
+    """Return whether the model's loss is a mean whatever count of items it is given.
+
+    Many models take the count and do not use it: it is for the loss functions of transformers that
+    language models share.
+
+    >>> from transformers import BertForMaskedLM, GPT2LMHeadModel
+    >>> [ignores_count(kind.__new__(kind)) for kind in (BertForMaskedLM, GPT2LMHeadModel)]
+    [True, False]
+    """
+    kind = type(model)
+    if not hasattr(kind, "loss_function") or hasattr(kind, "accepts_loss_kwargs"):
+        return False
+    code = inspect.unwrap(kind.forward).__code__
+    return not kind.__name__.endswith(_COUNTING) or "loss_function" not in code.co_names
