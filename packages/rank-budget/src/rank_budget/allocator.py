@@ -11,13 +11,19 @@ from rank_budget.costs import Cost, cost_named
 from rank_budget.errors import BudgetError
 from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices
 from rank_budget.layout import Limits, layout_of, limits_given
-from rank_budget.record import Allocation, history_from, history_state
+from rank_budget.record import Allocation, allocation_of, history_from, history_state
 from rank_budget.roster import roster_of
 from rank_budget.saved import check_state, described, made_with
 from rank_budget.schedules import Schedule
-from rank_budget.scores import Score, ScoreMethod, score_named
+from rank_budget.scores import Score, ScoreMethod, score_named, without_gradient
 from rank_budget.selection import by_matrix
 from rank_budget.start import start_of
+from rank_budget.step_count import StepCount
+
+_ATTACHED = (
+    "the allocator is attached to an optimizer, which steps it; leave out this call, or remove the "
+    "Attachment."
+)
 
 
 class RankAllocator:
@@ -37,7 +43,8 @@ class RankAllocator:
     Each optimizer step: `score` reads values and gradients before the optimizer changes them, and
     `step` counts the step after it, and allocates if the schedule says so. Gradients are those of
     the whole step: accumulated over micro-batches, unscaled, reduced over processes. `step` alone
-    does both; it then reads one flag from the device, and leaves out a step that is not finite.
+    does both, and leaves out a step that is not finite, for which it reads flags from the device
+    where it may allocate.
 
     Exactly the scheduled number of ranks survives; of other costs, as much as fits. Among equal
     scores the later matrix by name, and within it the later component, survives, so that every
@@ -97,9 +104,7 @@ class RankAllocator:
         self._pending: set[str] | None = None
         self._scored = False
         self._importance = torch.zeros_like(roster.alive, dtype=torch.float32)
-        self._lowest = torch.full_like(self._importance[:1], -torch.inf)
-        self.steps = 0
-        self.skipped = 0
+        self.count = StepCount()
         self.attached = False
         self.history: list[Allocation] = []
         start = start_of(roster, self._layout, schedule, direction)
@@ -123,6 +128,20 @@ class RankAllocator:
         return self._roster.layers
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps that count; this may read the device, as does ``skipped``."""
+        return self.count.taken
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self.count.set(steps, self.skipped)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out."""
+        return self.count.skipped
+
+    @property
     def total_ranks(self) -> int:
         """Components of all matrices, dead or alive."""
         return self._alive.numel()
@@ -141,7 +160,7 @@ class RankAllocator:
 
     def dead_stay_dead(self) -> bool:
         """Return whether what is dead can no longer return."""
-        return self._plan.direction == "prune" or self._plan.is_final(self.steps)
+        return self._plan.direction == "prune" or self._plan.is_final(self.count.most)
 
     @torch.no_grad()
     def score(self, *, grad_scale: Tensor | None = None) -> None:
@@ -156,23 +175,16 @@ class RankAllocator:
         """
         if self._resume is not None:
             raise BudgetError(self._resume)
-        if self._plan.direction == "grow" and self.steps == 0:
+        if self._plan.direction == "grow" and self.count.most == 0:
             self._roster.silence(self._alive)
-        step = self.steps + 1
+        step = self._plan.next_step(self.count, self._budget)
         self._scored, self._pending = True, None
-        if self._scorer.every_step:
-            needed = self._plan.learns(step)
-        else:
-            needed = self._plan.due(step, self._budget)
-        if not needed:
+        due = self._plan.due(step, self._budget)
+        if not (self._plan.learns(step) if self._scorer.every_step else due):
             return
         missing = self._scorer.read(grad_scale)
         if missing and self._missing == "refuse":
-            raise BudgetError(
-                f"{len(missing)} matrices, such as {min(missing)}, have no gradient at step "
-                f"{step}; call score or step after the backward pass and before zero_grad, or give "
-                "missing='skip' for modules that are frozen or unused."
-            )
+            raise without_gradient(missing, self.steps + 1)
         self._pending = missing
 
     def is_finite(self) -> bool:
@@ -182,7 +194,7 @@ class RankAllocator:
     def skip(self) -> None:
         """Forget what `score` has read: the step was not taken."""
         self._scored, self._pending = False, None
-        self.skipped += 1
+        self.count.skip()
 
     @torch.no_grad()
     def step(self) -> Allocation | None:
@@ -191,23 +203,21 @@ class RankAllocator:
         Without `score` before it, it scores what is there, and skips a step that is not finite.
         After `score`, which read no flag, such a step counts, but leaves the averages untouched.
         """
-        if not self._scored:
+        alone = not self._scored
+        if alone:
             if self.attached:
-                raise BudgetError(
-                    "the allocator is attached to an optimizer, which steps it; leave out this "
-                    "call, or remove the Attachment."
-                )
+                raise BudgetError(_ATTACHED)
             self.score()
-            if not self.is_finite():
-                self.skip()
-                return None
-        due = self._plan.due(self.steps + 1, self._budget)
+        due = self._plan.due(self._plan.next_step(self.count, self._budget), self._budget)
+        if alone and due and not self.is_finite():
+            self.skip()
+            return None
+        counts = None
         if self._pending is not None:
+            counts = self._scorer.finite() if alone and not due else None
             self._scorer.commit(choosing=due)
-        self.steps += 1
-        allocation = None
-        if due:
-            allocation = self._allocate()
+        self.count.add(counts)
+        allocation = self._allocate() if due else None
         if self._masks_apply():
             if allocation is not None:
                 self._roster.write(self._alive)
@@ -222,19 +232,16 @@ class RankAllocator:
         scores, before = self._scorer.scores(), self._alive
         spared = self._roster.components_of(self._pending) if self._pending else None
         self._alive = self._plan.choose(scores, before, self._layout, budget, spared)
-        self._importance = scores
-        highest = torch.where(before > self._alive, scores, self._lowest).amax()
-        allocation = Allocation(
-            self.steps, budget, highest, before, self._alive, self._roster.ranks
-        )
-        self._budget = budget
+        masks = before, self._alive
+        allocation = allocation_of(self.steps, budget, scores, *masks, self._roster.ranks)
+        self._importance, self._budget = scores, budget
         self._live = budget if self._layout.even else None
         self.history.append(allocation)
         return allocation
 
     def _masks_apply(self) -> bool:
         """Return whether what is dead is kept so between allocations; in regrowth it learns."""
-        return self._plan.direction != "regrow" or self._plan.is_final(self.steps)
+        return self._plan.direction != "regrow" or self._plan.is_final(self.count.most)
 
     def ranks(self) -> dict[str, int]:
         """Return the live components of each matrix; the one read from the device."""
@@ -283,7 +290,7 @@ class RankAllocator:
         self.history = history
         self._alive = alive
         self._importance = state["importance"].to(device).clone()
-        self.steps, self.skipped = state["steps"], state["skipped"]
+        self.count.set(state["steps"], state["skipped"])
         self._budget = state["budget"]
         self._live = int(self._alive.sum())
         self._scored, self._pending, self._resume = False, None, None

@@ -116,11 +116,11 @@ def watch_(allocator: RankAllocator, optimizer: Optimizer, patience: int = 10) -
     rank_budget.errors.BudgetError: the optimizer has taken 1 steps since the rank allocator's ...
     """
     require(patience >= 1, "patience", patience, "must be at least 1 step")
-    seen, waited = allocator.steps + allocator.skipped, 0
+    seen, waited = allocator.count.seen, 0
 
     def after(*_: Any) -> None:
         nonlocal seen, waited
-        now = allocator.steps + allocator.skipped
+        now = allocator.count.seen
         waited = waited + 1 if now == seen else 0
         seen = now
         if waited >= patience:

@@ -12,6 +12,7 @@ from rank_budget.layout import Limits, shares
 from rank_budget.roster import Roster
 from rank_budget.schedules import Schedule
 from rank_budget.selection import Layout, grow_to_budget, prune_to_budget
+from rank_budget.step_count import StepCount
 
 Direction = Literal["prune", "regrow", "grow"]
 DIRECTIONS = ("prune", "regrow", "grow")
@@ -57,6 +58,15 @@ class Plan:
         if self.end is None:
             return True
         return step < self.end if self.direction == "regrow" else step <= self.end
+
+    def next_step(self, count: StepCount, budget: int) -> int:
+        """Return the number of the step to come, exact from where anything depends on it.
+
+        So no step is passed over at which something is due: all before it are not.
+        """
+        step = count.most + 1
+        exact = self.due(step, budget) or not self.learns(step)
+        return count.taken + 1 if exact else step
 
     def is_final(self, step: int) -> bool:
         """Return whether nothing changes any more after ``step``."""

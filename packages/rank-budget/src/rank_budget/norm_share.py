@@ -96,15 +96,19 @@ class Shares:
         self._now = self._gather(parts)
         return set()
 
+    def finite(self) -> Tensor:
+        """Return whether all that was read is finite, bool, ()."""
+        return self._now.isfinite().all()
+
     def is_finite(self) -> bool:
-        """Return whether all that was read is finite; this reads the device."""
-        return bool(self._now.isfinite().all())
+        """Return it; this reads the device."""
+        return bool(self.finite())
 
     def commit(self, *, choosing: bool = False) -> None:
         """Move the average towards what was read, unless it is not finite."""
         del choosing
         moved = self._mean.lerp(self._now, 1 - self._beta)
-        self._mean.copy_(torch.where(self._now.isfinite().all(), moved, self._mean))
+        self._mean.copy_(torch.where(self.finite(), moved, self._mean))
 
     def scores(self) -> Tensor:
         """Return S."""

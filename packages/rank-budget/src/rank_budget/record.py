@@ -103,6 +103,14 @@ class Allocation:
         )
 
 
+def allocation_of(
+    step: int, budget: int, scores: Tensor, before: Tensor, alive: Tensor, ranks: Mapping[str, int]
+) -> Allocation:
+    """Return what an allocation by ``scores``, (components,), did, without a read."""
+    highest = scores.masked_fill(before <= alive, -torch.inf).amax()
+    return Allocation(step, budget, highest, before, alive, ranks)
+
+
 def history_state(history: Sequence[Allocation]) -> dict[str, Any]:
     """Return a history as plain numbers and small tensors.
 

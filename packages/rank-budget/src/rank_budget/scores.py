@@ -1,6 +1,6 @@
 """How important a component is: pure functions of λ and its gradient, and what serves a score."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -53,8 +53,11 @@ class Scorer(Protocol):
         ``grad_scale``: by which the gradients are still multiplied.
         """
 
+    def finite(self) -> Tensor:
+        """Return whether what was read is finite, bool, (), without a read."""
+
     def is_finite(self) -> bool:
-        """Return whether what was read is finite; this reads the device."""
+        """Return it; this reads the device."""
 
     def commit(self, *, choosing: bool = False) -> None:
         """Make what was read part of the averages, unless it is not finite; without a read.
@@ -129,8 +132,11 @@ class _MomentaryScorer:
         self._scores = self._gather(parts)
         return missing
 
+    def finite(self) -> Tensor:
+        return self._scores.isfinite().all()
+
     def is_finite(self) -> bool:
-        return bool(self._scores.isfinite().all())
+        return bool(self.finite())
 
     def commit(self, *, choosing: bool = False) -> None:
         """Nothing is kept."""
@@ -143,6 +149,15 @@ class _MomentaryScorer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_keys(state, {})
+
+
+def without_gradient(missing: Collection[str], step: int) -> BudgetError:
+    """Return the error of matrices that have no gradient."""
+    return BudgetError(
+        f"{len(missing)} matrices, such as {min(missing)}, have no gradient at step {step}; call "
+        "score or step after the backward pass and before zero_grad, or give missing='skip' for "
+        "modules that are frozen or unused."
+    )
 
 
 def wide(values: Tensor) -> Tensor:

@@ -72,12 +72,13 @@ class Averages:
         self._largest: list[Tensor] = []
         self._missing: set[str] = set()
         self._checked = False
+        self._flag: Tensor | None = None
         self._scores: Tensor | None = None
         self._present: tuple[set[str], list[Tensor]] = (set(), [])
 
     def read(self, grad_scale: Tensor | None = None) -> set[str]:
         """Take |w·∇w| of everything; return the matrices that had no gradient."""
-        self._checked, self._scores = False, None
+        self._checked, self._flag, self._scores = False, None, None
         found = [arena.read_products(grad_scale) for arena in self._arenas]
         self._largest = [largest.to(self._gather.device) for largest, _ in found]
         self._missing = set().union(*(missing for _, missing in found))
@@ -85,21 +86,27 @@ class Averages:
 
     def is_finite(self) -> bool:
         """Return whether all that was read is finite; this reads the device."""
-        finite = bool(self._finite())
+        finite = bool(self.finite())
         self._checked = finite
         return finite
 
-    def _finite(self) -> Tensor:
+    def finite(self) -> Tensor:
+        """Return whether all that was read is finite, bool, (), without a read."""
+        if self._flag is None:
+            self._flag = self._gather.agree(self._found_finite())
+        return self._flag
+
+    def _found_finite(self) -> Tensor:
         largest = self._largest[0] if len(self._largest) == 1 else torch.cat(self._largest)
         most = largest.amax() if len(largest) > 1 else largest[0]
-        return self._gather.agree(most < torch.inf)  # NaN is not
+        return most < torch.inf  # NaN is not
 
     def commit(self, *, choosing: bool = False) -> None:
         """Move the averages towards what was read, unless it is not finite."""
         self._scores = None
         if not self._checked and self._at_hand and not self.is_finite():
             return
-        finite = None if self._checked else self._finite()
+        finite = None if self._checked else self.finite()
         weights = self._weights(self._missing) if self._missing else [None] * len(self._moving)
         parts: list[Tensor] = []
         for moving, present in zip(self._moving, weights, strict=True):
