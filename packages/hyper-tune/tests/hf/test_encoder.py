@@ -261,9 +261,11 @@ def test_real_encoder_learns_real_rows(tmp_path: Path, task: str, name: str) -> 
         rows = {"train": str(source / "mr"), "validation_fraction": 0.05}
     method: dict[str, Any] = {"name": name, "init_rank": 3}
     if name != "lora":
-        method |= {"init_rank": 6, "budget": 3, "pruning": {"interval": 10}}
+        method |= {"init_rank": 6, "budget": 3, "pruning": {"interval": 10}, "orthogonality": 0.01}
     if name == "hyperadalora":
-        method |= {"hypernetwork": {"preset": "attention-small"}}
+        hypernetwork = {"preset": "attention-small", "gradient_normalisation": "token_rms"}
+        method |= {"hypernetwork": hypernetwork}
+    steps = 150 if task == "mr" else 20
     summary = fine_tune_encoder(
         settings(
             tmp_path / "run",
@@ -271,16 +273,17 @@ def test_real_encoder_learns_real_rows(tmp_path: Path, task: str, name: str) -> 
             source,
             data=rows,
             method=method,
-            lr=1e-4 if name == "hyperadalora" else 1e-2,
+            lr={"lora": 4e-3, "adalora": 1e-2, "hyperadalora": 5e-4}[name],
             head_lr=1e-3,
-            max_steps=40,
+            warmup_steps=8,
+            max_steps=steps,
             batch_size=16,
             max_length=64,
             metrics=["accuracy"],
         )
     )
     losses = [loss for _, loss in RunRecord.read(tmp_path / "run").figures("loss")]
-    assert len(losses) == 40
+    assert len(losses) == steps
     if task == "mr":  # the others take longer to leave chance
-        assert summary["after"]["accuracy"] > 0.6
-        assert sum(losses[-10:]) < sum(losses[:10])
+        assert summary["after"]["accuracy"] > 0.65
+        assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
