@@ -1,4 +1,4 @@
-"""Trains a small classifier on each rank of a job, for the tests to compare with one process.
+"""Trains a small model on each rank of a job, for the tests to compare with one process.
 
 Run by torchrun, or alone: `trained_ranks.py FOLDER` writes FOLDER/KIND-RANK-of-RANKS.safetensors
 for each of `KINDS`: losses, gradients of what is trained at each step, the last state, and in a job
@@ -19,7 +19,14 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from hyper_tune import MethodConfig, UserError, parallel
 from hyper_tune.hf import AdaptedModel, adapt, register_, shard_
@@ -37,9 +44,8 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def build(seed: int, dtype: torch.dtype = torch.float64) -> AdaptedModel:
-    """The same base and head; a start of the factors by ``seed``."""
-    torch.manual_seed(0)
+def classifier() -> nn.Module:
+    """An encoder with a new head."""
     size = BertConfig(
         vocab_size=30,
         hidden_size=16,
@@ -49,7 +55,29 @@ def build(seed: int, dtype: torch.dtype = torch.float64) -> AdaptedModel:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model: nn.Module = BertForSequenceClassification(size).to(dtype)
+    model: nn.Module = BertForSequenceClassification(size)
+    return model
+
+
+def language_model() -> nn.Module:
+    """A decoder without a head of its own."""
+    size = LlamaConfig(
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model: nn.Module = LlamaForCausalLM(size)
+    return model
+
+
+def build(
+    seed: int, dtype: torch.dtype = torch.float64, base: Callable[[], nn.Module] = classifier
+) -> AdaptedModel:
+    """The same base and head; a start of the factors by ``seed``."""
+    torch.manual_seed(0)
+    model = base().to(dtype)
     torch.manual_seed(seed)
     config = MethodConfig(
         "hyperadalora",
@@ -64,6 +92,16 @@ def rows() -> list[dict[str, Any]]:
     """Sixteen sentences."""
     words = torch.randint(0, 30, (16, 7), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": line, "labels": int(line[0] >= 15)} for line in words]
+
+
+def answers() -> list[dict[str, Any]]:
+    """The same sentences: half of them to be learned whole, and of each other a part."""
+    words = [row["input_ids"] for row in rows()]
+    starts = [0] * 8 + [place % 6 for place in range(8)]
+    return [
+        {"input_ids": line, "labels": line.masked_fill(torch.arange(7) < start, -100)}
+        for line, start in zip(words, starts, strict=True)
+    ]
 
 
 def watch(adapted: AdaptedModel) -> Found:
@@ -159,20 +197,9 @@ def by_loop(folder: Path, shard: bool, resume: bool = False) -> tuple[AdaptedMod
     return adapted, found | {"losses": torch.stack(losses)}
 
 
-def by_trainer(
-    folder: Path,
-    shard: bool,
-    resume: bool = False,
-    evaluate_first: bool = False,
-    dtype: torch.dtype = torch.float64,
-    **options: Any,
-) -> tuple[AdaptedModel, Found]:
-    """Train by Trainer, in DistributedDataParallel or in shards where there are several ranks."""
-    adapted = build(5 if resume else 1, dtype)
-    with torch.no_grad():  # as if it had been built before there was a job to agree in
-        for tensor in (*adapted.method.parameters(), adapted.method.stack.values):
-            tensor.add_(parallel.rank())
-    arguments = TrainingArguments(
+def arguments_of(folder: Path, **options: Any) -> TrainingArguments:
+    """Two micro-batches a step, evaluated and saved after half of the steps and at the end."""
+    return TrainingArguments(
         str(folder / "run"),
         max_steps=STEPS,
         per_device_train_batch_size=BATCH // 2 // ranks(),
@@ -189,11 +216,29 @@ def by_trainer(
         disable_tqdm=True,
         **options,
     )
+
+
+def by_trainer(
+    folder: Path,
+    shard: bool,
+    resume: bool = False,
+    evaluate_first: bool = False,
+    dtype: torch.dtype = torch.float64,
+    base: Callable[[], nn.Module] = classifier,
+    **options: Any,
+) -> tuple[AdaptedModel, Found]:
+    """Train by Trainer, in DistributedDataParallel or in shards where there are several ranks."""
+    adapted = build(5 if resume else 1, dtype, base)
+    with torch.no_grad():  # as if it had been built before there was a job to agree in
+        for tensor in (*adapted.method.parameters(), adapted.method.stack.values):
+            tensor.add_(parallel.rank())
+    arguments = arguments_of(folder, **options)
+    data = answers() if base is language_model else rows()
     trainer = Trainer(
         adapted.model,
         arguments,
-        train_dataset=rows(),
-        eval_dataset=rows()[:8],
+        train_dataset=data,
+        eval_dataset=data[:8],
         callbacks=[adapted.callback()],
         optimizers=adapted.optimizers(**SGD),
     )
@@ -221,6 +266,9 @@ KINDS: dict[str, Train] = {
     "Trainer, evaluated first": partial(by_trainer, shard=False, evaluate_first=True),
     "Trainer, sharded": partial(by_trainer, shard=True),
     "Trainer, sharded, best": partial(by_trainer, shard=True, **BEST),
+    "Trainer, sharded, smoothed": partial(
+        by_trainer, shard=True, base=language_model, label_smoothing_factor=0.1
+    ),
     "Trainer, sharded, bf16": partial(by_trainer, shard=True, dtype=torch.float32, bf16=True),
 }
 

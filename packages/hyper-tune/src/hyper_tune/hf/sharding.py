@@ -47,7 +47,10 @@ def shard_(
         return
     whole = [p for m in adapted.method.modules_to_save.values() for p in m.parameters()]
     mesh = init_device_mesh(stack.values.device.type, (world_size(),), mesh_dim_names=("shard",))
+    name = type(model).__name__
     shard_base_(model, units, [*stack.leaf_parameters(), *whole], mesh)
+    # Sharding changes the class; by its name Trainer knows whose labels to shift.
+    setattr(model, "_get_name", lambda: name)  # noqa: B010
     if accelerator is not None:
         # In this mode accelerate adds autocast and wraps nothing, now or in a later `prepare`.
         accelerator.prepare_model(model, evaluation_mode=True)
