@@ -6,7 +6,7 @@
 The model has random weights, which cost as much as trained ones. Memory is the most that the
 process has held: on CUDA of tensors, on a CPU of everything. Of it, in tensors: the frozen base;
 the factors and their gradients; what is trained beside them, with its gradients, and all the
-optimizer's averages; and what the hypernetworks keep for their backward pass.
+optimizer's averages.
 Latency is the median of the steps after the first few, of a whole step: forward and backward pass,
 and the method's own.
 """
@@ -33,7 +33,6 @@ from hyper_tune import MethodConfig
 from hyper_tune.durable import write_text
 from hyper_tune.errors import PERSONS_MISTAKES
 from hyper_tune.hf import AdaptedModel, adapt
-from hyper_tune.memory import LiveMemory
 from hyper_tune.method import METHODS, HypernetworkSettings
 from hyper_tune.parallel import usable_device
 from hyper_tune.provenance import start_record
@@ -145,14 +144,10 @@ def parts(adapted: AdaptedModel, optimizer: torch.optim.Optimizer) -> dict[str, 
         if isinstance(value, torch.Tensor)
     ]
     base = [*adapted.model.parameters(), *adapted.model.buffers()]
-    with LiveMemory([*base, *stack, *trained]) as kept:
-        method.owner.refresh()
-    method.owner.discard()
     sizes = {
         "factors": _bytes(stack),
         "trained": 2 * _bytes(trained, besides=stack) + _bytes(averages),
         "base": _bytes(base, besides=[*stack, *trained]),
-        "kept": kept.bytes,
     }
     return {f"{name} (MiB)": size / _MIB for name, size in sizes.items()}
 

@@ -519,7 +519,6 @@ def assert_parts(found, adapted, generated):
     for part, numbers in expected.items():
         assert found[f"{part} (MiB)"] * 2**20 == 4 * numbers, part
     assert found["base (MiB)"] * 2**20 == pytest.approx(4 * sum(b.numel() for b in base), rel=0.02)
-    assert (found["kept (MiB)"] > 0) == bool(generated)
 
 
 def test_a_steps_cost_is_measured(recipe, monkeypatch):
