@@ -673,7 +673,16 @@ def finish(recipe, cell, output, losses, seconds, **summary):
     rows = [{"step": i, "loss": loss, "seconds": seconds} for i, loss in enumerate(losses, 1)]
     (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / "run" / "config.yaml").write_text("seed: 0\n")
-    (folder / "run" / "summary.json").write_text(json.dumps({"after": summary}))
+    whole = {
+        "before": {},
+        "ranks": {},
+        "initial_rank": 1,
+        "total_ranks": 1,
+        "trainable_parameters": 1,
+        "factor_parameters": 1,
+        "after": summary,
+    }
+    (folder / "run" / "summary.json").write_text(json.dumps(whole))
     record = {"command": cell.command(output), "seconds": 9.0, "jobs": 2}
     (folder / recipe.grid.DONE).write_text(json.dumps(record))
 
