@@ -92,7 +92,10 @@ def test_a_dictionary_in_a_sections_place_is_refused(name: str, section: str, ki
     ("given", "message"),
     [
         ({"name": "adalor"}, "method.name is 'adalor', but must be one of lora, adalora, "),
-        ({"r": 4, "init_rank": 4}, "method gives one setting twice, under two names: "),
+        (
+            {"r": 4, "init_rank": 4, "alpha": 4},
+            "method gives one setting twice, under two names: init_rank, r; give one of them.",
+        ),
         ({"pruning": {"intervall": 3}}, "method.pruning has no key 'intervall'; did you mean "),
         ({"pruning": 3}, "method.pruning is 3, but must be a section of keys."),
         (

@@ -230,8 +230,13 @@ class MethodConfig:
         8
         """
         values = {_PEFT_NAMES.get(key, key): value for key, value in given.items()}
-        if len(values) < len(given):
-            raise UserError(f"method gives one setting twice, under two names: {sorted(given)}.")
+        for name in values:
+            names = sorted(key for key in given if _PEFT_NAMES.get(key, key) == name)
+            if len(names) > 1:
+                raise UserError(
+                    f"method gives one setting twice, under two names: {', '.join(names)}; "
+                    "give one of them."
+                )
         known_fields("method", values, {field.name for field in fields(cls)})
         for key, kind in _SECTIONS.items():
             if values.get(key) is None:

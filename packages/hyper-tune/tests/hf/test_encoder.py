@@ -133,6 +133,20 @@ def test_run_goes_on_where_it_was_killed(tmp_path: Path, model: Path, data: Path
     assert [step for step, _ in RunRecord.read(whole).figures("loss")] == list(range(1, 10))
 
 
+def test_a_finished_run_takes_no_step_more(tmp_path: Path, model: Path, data: Path) -> None:
+    options = {"save_every_n_steps": 3, "evaluate_every_n_steps": 0, "max_steps": 9}
+    folder = tmp_path / "run"
+    summary = fine_tune_encoder(settings(folder, model, data, **options))
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    again = fine_tune_encoder(settings(folder, model, data, resume_from_checkpoint=True, **options))
+    assert again["steps"] == summary["steps"] == 9
+    assert again["after"] == summary["after"]
+    after = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert list(after) == list(adapter)
+    assert all(torch.equal(after[name], value) for name, value in adapter.items())
+    assert [step for step, _ in RunRecord.read(folder).figures("loss")] == list(range(1, 10))
+
+
 def test_best_checkpoint_and_early_stopping(tmp_path: Path, model: Path, data: Path) -> None:
     options = {"keep_best": True, "early_stopping_patience": 2, "lr": 1e-9, "head_lr": 1e-9}
     with pytest.warns(UserWarning, match=r"at step 18 of 48, or its best checkpoint is of step 6"):
