@@ -338,6 +338,14 @@ def put(value, *path):
     return change
 
 
+def swap(one, other):
+    def change(state):
+        history = state["history"]
+        history[one], history[other] = history[other], history[one]
+
+    return change
+
+
 FAULTS = {
     "incomplete": (cut("alive"), "the saved state lacks alive, expected what state_dict"),
     "foreign": (put(1, "model"), "the saved state has model, expected what state_dict"),
@@ -364,6 +372,10 @@ FAULTS = {
     "pruned": (
         put(torch.tensor([[0, 7]], dtype=torch.int32), "history", "pruned"),
         "expected places in 2 allocations of 7 components",
+    ),
+    "direction": (
+        swap("pruned", "grown"),
+        "the saved pruned is torch.int32 (0, 2), expected the changes that led to the masks",
     ),
     "averages": (
         put([torch.zeros(3)], "score", "uncertainty"),

@@ -13,6 +13,7 @@ from rank_budget import (
     SmoothedSensitivity,
     watch_,
 )
+from rank_budget.step_count import StepCount
 
 SCORES = {"smoothed": SmoothedSensitivity(), "share": NormShare()}
 INTERVAL, DAMAGED = 4, {2, 3, 7, 8, 12}  # 12 is one that would allocate
@@ -71,3 +72,11 @@ def test_a_step_that_does_not_allocate_reads_nothing(kit, score):
     assert [call for call, found in enumerate(reads, 1) if found] == [4, 8, 12]
     assert max(reads) == 2  # which steps before it counted, and whether it is finite
     assert allocator.steps == 3 * INTERVAL
+
+
+def test_flags_that_are_not_read_yet_do_not_pile_up():
+    count = StepCount()
+    for call in range(3000):
+        count.add(torch.tensor(call % 3 > 0))
+        assert len(count._open) <= 1000
+    assert (count.taken, count.skipped, count.seen) == (2000, 1000, 3000)

@@ -166,4 +166,8 @@ def history_from(
     masks.reverse()
     highest = state["thresholds"].to(alive.device).clone().unbind()
     rows = zip(state["steps"], state["budgets"], highest, masks[:-1], masks[1:], strict=True)
-    return [Allocation(*row, ranks) for row in rows]
+    found = [Allocation(*row, ranks) for row in rows]
+    for key, pairs in history_state(found).items():
+        if key in ("pruned", "grown") and not torch.equal(pairs.cpu(), state[key].cpu()):
+            raise damaged(key, state[key], "the changes that led to the masks")
+    return found

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# Flags that are kept before they are read, in a long training before the first allocation.
+_MOST_OPEN = 1000
+
 
 class StepCount:
     """Optimizer steps that count, and those that are left out."""
@@ -39,6 +42,8 @@ class StepCount:
             self._taken += 1
         else:
             self._open.append(counts)
+        if len(self._open) > _MOST_OPEN:
+            self._settle()
 
     def skip(self) -> None:
         """Leave a step out."""

@@ -9,14 +9,16 @@ _CURRENCY = r"(?:(?:US)?\\?[$€£]\s?)?"
 _DIGITS = r"\d+(?:,\d{3})+(?!\d)|\d+"
 _FRACTION = r"\\[dt]?frac{(?P<over>\d+)}{(?P<under>\d+)}"
 # Of three digits at most: more would fill the memory.
+_EXPONENT = r"[-−+]?\d{1,3}(?!\w)"  # noqa: RUF001
+_TEN = r"10\s?(?:\^|\*\*)\s?{?"
 _POWER = (
-    r"(?<=\d)(?:[eE]|\s?(?:[x×*]|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?{?)"  # noqa: RUF001
-    r"(?P<power>[-−+]?\d{1,3})(?!\w)"  # noqa: RUF001
+    rf"(?<=\d)(?:[eE]|\s?(?:[x×*]|\\times|\\cdot)\s?{_TEN})"  # noqa: RUF001
+    rf"(?P<power>{_EXPONENT})"
 )
 _NUMBER = re.compile(
     rf"(?:(?<![\w.)])|(?<=\d)(?=\\[dt]?frac))"
     rf"{_SIGN}{_CURRENCY}(?P<inner>[-−])?"  # noqa: RUF001
-    rf"(?:{_FRACTION}"
+    rf"(?:{_FRACTION}|{_TEN}(?P<exponent>{_EXPONENT})"
     rf"|(?P<whole>{_DIGITS})?(?P<decimals>\.\d+)?"
     rf"(?:{_POWER}|\s?/\s?(?P<denominator>\d+)(?![\d/]))?)"
 )
@@ -108,6 +110,8 @@ def _value(match: re.Match[str]) -> Fraction | None:
         return None
     if part["over"] is not None:
         above, below = Fraction(part["over"]), int(part["under"])
+    elif part["exponent"] is not None:
+        above, below = _ten_to(part["exponent"]), 1
     elif part["whole"] is None and part["decimals"] is None:
         return None
     else:
@@ -116,6 +120,10 @@ def _value(match: re.Match[str]) -> Fraction | None:
     if below == 0:
         return None
     if part["power"] is not None:
-        above *= Fraction(10) ** int(part["power"].replace("−", "-"))  # noqa: RUF001
+        above *= _ten_to(part["power"])
     negative = (part["sign"] is None) != (part["inner"] is None)
     return -above / below if negative else above / below
+
+
+def _ten_to(exponent: str) -> Fraction:
+    return Fraction(10) ** int(exponent.replace("−", "-"))  # noqa: RUF001
