@@ -16,6 +16,7 @@ from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -66,7 +67,11 @@ def fine_tune_encoder(config: DictConfig) -> dict[str, Any]:
         if first:
             trainer.add_callback(recorder)
         before = _evaluated(trainer)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(settings, folder.metrics))
+        last = _last_checkpoint(settings, folder.metrics)
+        if finished := _finished(settings, last):
+            adapted.load(finished)
+        else:
+            trainer.train(resume_from_checkpoint=last)
         trainer.remove_callback(recorder)  # what follows is in the summary
         summary = _summary(settings, adapted, before, _evaluated(trainer), recorder.seconds)
         if first:
@@ -211,6 +216,16 @@ def _last_checkpoint(settings: EncoderSettings, metrics: Metrics) -> str | None:
     if parallel.rank() == 0:
         metrics.truncate_after(int(last.rpartition("-")[2]) if last else 0)
     return last
+
+
+def _finished(settings: EncoderSettings, last: str | None) -> str | None:
+    """The checkpoint of a run that was over; Trainer would take one step more within an epoch."""
+    if last is None or settings.max_steps is None:
+        return None
+    state = TrainerState.load_from_json(str(Path(last) / "trainer_state.json"))
+    if not state.global_step >= state.max_steps == settings.max_steps:
+        return None
+    return (state.best_model_checkpoint if settings.keep_best else None) or last
 
 
 def _evaluated(trainer: Any) -> dict[str, float]:
