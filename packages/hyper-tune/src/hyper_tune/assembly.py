@@ -130,7 +130,8 @@ class Assembly:
         if self.config.method.prunes and self.allocator is None:
             raise UserError(
                 f"{self.config.name} prunes by a schedule, but the number of steps is not known; "
-                "give total_steps, or call plan_(total_steps) before the first step."
+                "give total_steps, or call plan_(total_steps) before the first step; "
+                "Trainer does so by callbacks=[adapted.callback()]."
             )
         return TrainingStep(self, optimizer, max_grad_norm, stop_requested, reduced=reduced)
 

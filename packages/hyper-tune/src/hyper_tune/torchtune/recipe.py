@@ -79,8 +79,8 @@ class FineTuning:
         settings = self.settings
         check_files(settings)
         device = parallel.usable_device(settings.device)
-        check_compilation(settings)
         self.device = parallel.start(device, settings.collective_timeout_seconds)
+        check_compilation(settings)
         base_layout(settings)  # refuses a job of another size
         self._peers = Peers.meet(self.device)
         self.tokenizer = build_tokenizer(settings.tokenizer)
