@@ -152,7 +152,11 @@ def parse(recipe, cell, output):
     return typer.main.get_command(single).make_context(script.stem, words[2:])
 
 
-def test_the_rates_are_the_best_of_the_sweep(recipe, data):
+@pytest.mark.parametrize(
+    ("sweep", "measure", "table"),
+    [("rates_decoder", "held-out loss", "table10"), ("rates_encoder", "final loss", "figure2")],
+)
+def test_the_rates_are_the_best_of_the_sweep(recipe, data, sweep, measure, table):
     def rate(name, method, **choice):
         planner = recipe.cells.Planner(recipe.experiment.load(name), "tiny", data, "cpu")
         point = next(
@@ -164,15 +168,15 @@ def test_the_rates_are_the_best_of_the_sweep(recipe, data):
         (word,) = (w for w in words if w.startswith(("lr=", "optimizer.lr=")))
         return float(word.partition("=")[2])
 
-    with (RECIPE / "results" / "rates_decoder-tiny.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["measure"] == "held-out loss"]
-    axes = recipe.experiment.load("rates_decoder").axes
+    with (RECIPE / "results" / f"{sweep}-tiny.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["measure"] == measure]
+    axes = recipe.experiment.load(sweep).axes
     for method in axes["method"]:
         means = {r["learning rate"]: float(r["mean"]) for r in rows if r["method"] == method}
         values = {str(value): value for value in axes["learning rate"]}
         assert means.keys() == values.keys()
         best = values[min(means, key=means.get)]
-        assert rate("table10", method) == rate("rates_decoder", method, **{"learning rate": best})
+        assert rate(table, method) == rate(sweep, method, **{"learning rate": best})
 
 
 def test_the_base_reads_no_row_that_is_tuned_on_or_tested(recipe, tmp_path):
