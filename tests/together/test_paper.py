@@ -156,7 +156,7 @@ def parse(recipe, cell, output):
     ("sweep", "measure", "table"),
     [("rates_decoder", "held-out loss", "table10"), ("rates_encoder", "final loss", "figure2")],
 )
-def test_the_rates_are_the_best_of_the_sweep(recipe, data, sweep, measure, table):
+def test_the_rates_are_the_best_of_the_sweep(recipe, package, data, sweep, measure, table):
     def rate(name, method, **choice):
         planner = recipe.cells.Planner(recipe.experiment.load(name), "tiny", data, "cpu")
         point = next(
