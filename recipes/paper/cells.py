@@ -160,6 +160,7 @@ class Planner:
         method = METHODS[point["method"]]
         own = {
             "all",
+            point["method"],
             "generated" if method.generated else "learned",
             "pruned" if method.prunes else "unpruned",
         }
