@@ -249,7 +249,7 @@ class Planner:
             *("python", "{file0}", "--shape", self._shape(point), "--method", point["method"]),
             *("--batch-size", str(point["batch size"]), "--device", self.device),
             *("--seed", str(seed), "--output", "{cell}/cost.json"),
-            *(["--steps", "5", "--length", "64"] if self.scale == "tiny" else []),
+            *self.settings["ask"]["step cost"],
         ]
         files = (Path(__file__).with_name("step_cost.py"),)
         return Cell(_label(point, seed), tuple(words), "cost.json", (), files)

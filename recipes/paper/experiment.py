@@ -16,7 +16,7 @@ from hyper_tune.method import METHODS
 
 FOLDER = Path(__file__).parent / "experiments"
 SCALES = ("tiny", "real")
-MEMORY_PARTS = tuple(f"{part} (MiB)" for part in ("base", "factors", "trained"))
+MEMORY_PARTS = tuple(f"{part} (MiB)" for part in ("base", "factors", "trained", "kept"))
 # What is measured, and the task that it is measured on; None: whatever is trained on.
 MEASURES: Mapping[str, tuple[str, str | None]] = {
     **dict.fromkeys(("BLEU-4", "ROUGE-1", "BLEU-4 of characters"), ("evaluation", "text")),

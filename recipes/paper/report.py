@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from cells import Cell
-from experiment import Experiment, Point
+from experiment import MEASURES, Experiment, Point
 from grid import DONE, Failure, finished
 from measures import Results, Summary
 
@@ -153,6 +153,9 @@ def _notes(results: Results, cells: Sequence[Cell]) -> list[str]:
             "In parentheses is what stands in at this scale, so that the paper's numbers are no "
             "yardstick here: " + "; ".join(sorted(stood)) + "."
         )
+    if any(MEASURES[name][0] == "step cost" for name in experiment.measures):
+        asked = " ".join(planner.settings["ask"]["step cost"])
+        notes.append(f"Each cost is by {asked}: tokens of a row, and steps that are timed.")
     jobs = max((_record(cell, results.output).get("jobs", 1) for cell in cells), default=1)
     if jobs > 1:
         notes.append(f"Up to {jobs} cells ran at a time, which lengthens every step.")

@@ -5,8 +5,9 @@
 
 The model has random weights, which cost as much as trained ones. Memory is the most that the
 process has held: on CUDA of tensors, on a CPU of everything. Of it, in tensors: the frozen base;
-the factors and their gradients; what is trained beside them, with its gradients, and all the
-optimizer's averages.
+the factors, their gradients and what they are generated from; what is trained beside them, with its
+gradients, and all the optimizer's averages; and what a forward pass keeps for the backward pass,
+the hypernetworks' own included.
 Latency is the median of the steps after the first few, of a whole step: forward and backward pass,
 and the method's own.
 """
@@ -22,6 +23,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -37,7 +40,7 @@ from hyper_tune.method import METHODS, HypernetworkSettings
 from hyper_tune.parallel import usable_device
 from hyper_tune.provenance import start_record
 
-_WARM_UP, _MIB = 2, 2**20
+_WARM_UP, _MIB = 1, 2**20  # the step before it counts what is kept, and is not timed
 _LEARNING_RATE, _MOST_STEPS = 1e-5, 1000  # paper, section 4.1.4; for the pruning schedule
 
 
@@ -119,13 +122,19 @@ def measure(
     tokens = torch.randint(5, model.config.vocab_size, (batch, length), device=device)
     causal = isinstance(model, LlamaForCausalLM)
     labels = tokens if causal else torch.zeros(batch, dtype=torch.long, device=device)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=labels).loss.backward()
+        optimizer.step()
+
+    kept = kept_bytes(step, _lasting(adapted))
     seconds = []
     for _ in range(_WARM_UP + steps):
         started = _now(device)
-        model(input_ids=tokens, labels=labels).loss.backward()
-        optimizer.step()
+        step()
         seconds.append(_now(device) - started)
     found = {"memory (MiB)": _peak_bytes(device) / _MIB, **parts(adapted, optimizer)}
+    found["kept (MiB)"] = kept / _MIB
     return found | {"latency (ms)": 1e3 * median(seconds[_WARM_UP:])}
 
 
@@ -135,27 +144,57 @@ def parts(adapted: AdaptedModel, optimizer: torch.optim.Optimizer) -> dict[str, 
     The gradients of what is trained, which the end of a step frees, take what it does.
     """
     method = adapted.method
-    stack = [method.stack.values, method.stack.grads]
     trained = method.parameters()
+    names = {name for name, _ in method.owner.named_parameters()}
+    state = [value for name, value in method.owner.state_dict().items() if name not in names]
+    factors = [method.stack.values, method.stack.grads, *state]
     averages = [
         value
         for state in optimizer.state.values()
         for value in state.values()
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, Tensor)
     ]
     base = [*adapted.model.parameters(), *adapted.model.buffers()]
     sizes = {
-        "factors": _bytes(stack),
-        "trained": 2 * _bytes(trained, besides=stack) + _bytes(averages),
-        "base": _bytes(base, besides=[*stack, *trained]),
+        "factors": _bytes(factors),
+        "trained": 2 * _bytes(trained, besides=factors) + _bytes(averages),
+        "base": _bytes(base, besides=[*factors, *trained]),
     }
     return {f"{name} (MiB)": size / _MIB for name, size in sizes.items()}
 
 
-def _bytes(tensors: Iterable[torch.Tensor], besides: Iterable[torch.Tensor] = ()) -> int:
-    others = {tensor.untyped_storage().data_ptr() for tensor in besides}
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(size for place, size in storages.items() if place not in others)
+def kept_bytes(work: Callable[[], object], besides: Iterable[Tensor]) -> int:
+    """Return the bytes that autograd saves for backward passes while ``work`` runs.
+
+    Each storage is counted once and whole, of whatever size its views are; those of ``besides`` are
+    left out.
+    """
+    others, saved = _storages(besides), dict[int, int]()
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.update(_storages([tensor]))  # never the tensor, which would then live on
+        return tensor
+
+    with saved_tensors_hooks(save, lambda tensor: tensor):
+        work()
+    return sum(size for place, size in saved.items() if place not in others)
+
+
+def _lasting(adapted: AdaptedModel) -> list[Tensor]:
+    """Return what is there before and after a step."""
+    method, model = adapted.method, adapted.model
+    factors = [method.stack.values, method.stack.grads, *method.owner.state_dict().values()]
+    return [*model.parameters(), *model.buffers(), *method.parameters(), *factors]
+
+
+def _bytes(tensors: Iterable[Tensor], besides: Iterable[Tensor] = ()) -> int:
+    others = _storages(besides)
+    return sum(size for place, size in _storages(tensors).items() if place not in others)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Return the bytes of the storages of tensors, by their place in memory."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
 def config(name: str) -> MethodConfig:
