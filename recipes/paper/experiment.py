@@ -19,7 +19,10 @@ SCALES = ("tiny", "real")
 MEMORY_PARTS = tuple(f"{part} (MiB)" for part in ("base", "factors", "trained", "kept"))
 # What is measured, and the task that it is measured on; None: whatever is trained on.
 MEASURES: Mapping[str, tuple[str, str | None]] = {
-    **dict.fromkeys(("BLEU-4", "ROUGE-1", "BLEU-4 of characters"), ("evaluation", "text")),
+    **dict.fromkeys(
+        ("BLEU-4", "ROUGE-1", "BLEU-4 of characters", "ROUGE-1 of jieba words"),
+        ("evaluation", "text"),
+    ),
     "exact match": ("evaluation", "gsm8k"),
     "pass@1": ("evaluation", "humaneval"),
     "accuracy": ("training", "classification"),

@@ -81,6 +81,22 @@ def test_every_point_of_a_table_has_the_papers_numbers(recipe):
     }
 
 
+def test_what_an_evaluation_writes_of_text_is_what_tables_may_ask(recipe, monkeypatch):
+    from hyper_tune.evaluate import text
+
+    cutter = argparse.Namespace(cut=str.split)
+    rouge = argparse.Namespace(get_scores=lambda *_: [{"rouge-1": {"f": 1.0}}])
+    monkeypatch.setattr(text, "find_spec", lambda name: name)
+    monkeypatch.setattr(text, "_jieba", lambda: (cutter, rouge))
+    installed = text.version
+    theirs = ("jieba", "rouge-chinese")
+    monkeypatch.setattr(text, "version", lambda name: "-" if name in theirs else installed(name))
+    written = [metric.name for metric in text.text_metrics(["so it is"], ["so it is"])]
+    asked = [name for name, (_, task) in recipe.experiment.MEASURES.items() if task == "text"]
+    assert written == asked
+    assert recipe.experiment.load("table1").measures == asked
+
+
 def changed(recipe, tmp_path, old, new, name="table1"):
     text = (RECIPE / "experiments" / f"{name}.yaml").read_text()
     assert old in text
