@@ -25,6 +25,7 @@ from hyper_tune.torchtune.base_model import (
     check_files,
     describe_files,
     load_,
+    open_weights,
     prepare_,
 )
 from hyper_tune.torchtune.batches import Batch, collate
@@ -85,6 +86,7 @@ class FineTuning:
         self._peers = Peers.meet(self.device)
         self.tokenizer = build_tokenizer(settings.tokenizer)
         model = build_on_meta(settings)
+        open_weights(model, settings)  # refuses those of another model
         self._open_data(limit=model.max_seq_len, vocabulary=model.tok_embeddings.num_embeddings)
         self.total_steps = total_steps(
             self.data.size, self._global_batch, settings.epochs, settings.max_steps
