@@ -118,6 +118,26 @@ def test_each_data_set_trains_and_is_measured(
     assert 0 < summary["after"]["loss"] != summary["before"]["loss"]
 
 
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("files", "train.parquet:1"),
+        ("alpaca", "dataset, sample 0"),
+        ("magpie_streamed", ", row 2"),
+    ],
+)
+def test_a_token_that_the_model_does_not_know_is_named(
+    make_config: Callable[..., Path], tmp_path: Path, name: str, where: str
+) -> None:
+    overrides = ["shuffle=False", "dataset_val=null", "validation_fraction=null"]
+    settings = chosen(make_config, name, tmp_path, *overrides)
+    tokenizer = build_tokenizer(settings.tokenizer)
+    with pytest.raises(UserError) as refused:
+        open_training_data(settings, tokenizer, limit=256, vocabulary=200)
+    assert f"{where}: the tokenizer makes token 2" in str(refused.value)
+    assert "but the model knows 0 to 199; give the tokenizer that came with" in str(refused.value)
+
+
 def test_a_held_out_share_is_a_function_of_the_seed_and_disjoint() -> None:
     samples = [{"tokens": [n]} for n in range(50)]
     parts = {}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hyper_tune.errors import UserError
 from hyper_tune.parallel import usable_device
-from hyper_tune.torchtune import optimization
+from hyper_tune.torchtune import optimization, recipe
 from hyper_tune.torchtune.rehearsal import rehearse
 from hyper_tune.torchtune.settings import RecipeSettings
 
@@ -51,7 +51,7 @@ Failing = Callable[..., str]
         ("method.init_rank=3.5", "method.init_rank is 3.5, but must be a whole number at least"),
         ("method.init_rank=true", "method.init_rank is True, but must be a whole number at least"),
         ("method.exclude=q_pro", "'q_pro' matches no module that can be adapted; did you mean"),
-        ("model.num_heads=5", "model: torchtune.models.llama3.llama3 cannot be built: "),
+        ("model.attn_dropout=2", "model: torchtune.models.llama3.llama3 cannot be built: "),
         ("device=cuda", "device is 'cuda', but this machine has no usable GPU; set device=cpu."),
         ("dataset.path=none.jsonl", "none.jsonl"),
         ("resume_from_checkpoint", "'resume_from_checkpoint' is not understood; overrides are "),
@@ -74,13 +74,12 @@ Failing = Callable[..., str]
         ("diagnose_every_n_steps=x", "diagnose_every_n_steps is 'x', but must be a whole number"),
         ("metric_logger=Tensorboard", "metric_logger: Tensorboard cannot be built: "),
         ("data=gsm9k", "data=gsm9k is neither a file nor a data set"),
-        ("optimizer.lr=-1", "optimizer: torch.optim.Adam cannot be built: Invalid learning rate"),
         ("dataset.path=[", "'dataset.path=[': the value is not YAML; put quotes around it."),
         ("exact_match={path: x, max_new_tokens: 0}", "exact_match.max_new_tokens is 0, but must"),
         ("~checkpointer.checkpoint_dir", "checkpointer.checkpoint_dir is missing; "),
         ("exact_match={path: null}", "exact_match.path is missing; "),
         ("exact_match.file=x", "exact_match has no key 'file'; "),
-        ("model.vocab_size=200", "records.jsonl:1: the tokenizer makes token 2"),
+        ("model.vocab_size=200", "model.vocab_size is 200, but "),
         ("method.init_rank=[4]", "method.init_rank is [4], but must be a whole number at least 1"),
         ("method.name=[lora]", "method.name is ['lora'], but must be one of lora, "),
         ("~method.name", "configuration: method.name is missing; choose one of lora, "),
@@ -97,8 +96,6 @@ Failing = Callable[..., str]
         ("output_dir=???", "configuration: output_dir is ???, which means missing; give a value."),
         ("checkpointer.resume_from_checkpoint=True", "checkpointer.resume_from_checkpoint is not "),
         ("checkpointer.checkpoint_files={a: 1}", "checkpointer.checkpoint_files: Must pass 'filen"),
-        ("optimizer.lr=.inf", "optimizer.lr is inf, but must be a number at least 0; correct it."),
-        ("optimizer.betas=[0.9]", "optimizer: torch.optim.Adam cannot be built: list index out of"),
         ("optimizer.capturable=True", "optimizer: torch.optim.Adam cannot take a step: If captura"),
         ("lr_scheduler.num_warmup_steps=-1", "num_warmup_steps is -1, but must be a whole number "),
         ("lr_scheduler.num_training_steps=9", "num_training_steps is the length of the run; leave"),
@@ -114,10 +111,23 @@ def test_a_wrong_value_is_named_with_its_rule(fails: Failing, override: str, mes
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.norm_eps=small", "model.norm_eps is 'small', but must be a number"),
+        ("model.attn_dropout=low", "model.attn_dropout is 'low', but must be a number"),
         ("model.num_layers=2.0", "model.num_layers is 2.0, but must be a whole number"),
-        ("model.num_layers=true", "model.num_layers is True, but must be a whole number"),
+        ("model.rope_base=true", "model.rope_base is True, but must be a whole number"),
         ("optimizer.lr=null", "optimizer.lr is None, but must be a number"),
+        ("optimizer.lr=fast", "optimizer.lr is 'fast', but must be a number"),
+        ("optimizer.eps=1e-8x", "optimizer.eps is '1e-8x', but must be a number"),
+        ("optimizer.weight_decay=x", "optimizer.weight_decay is 'x', but must be a number"),
+        ("optimizer.betas=0.9", "optimizer.betas is 0.9, but must be [a number, a number]"),
+        ("optimizer.betas=[0.9]", "optimizer.betas is [0.9], but must be [a number, a number]"),
+        (
+            "optimizer.betas=[0.9,x]",
+            "optimizer.betas is [0.9, 'x'], but must be [a number, a number]",
+        ),
+        (
+            "optimizer.betas=[0.9,0.99,0.999]",
+            "optimizer.betas is [0.9, 0.99, 0.999], but must be [a number, a number]",
+        ),
         ("optimizer.amsgrad=1", "optimizer.amsgrad is 1, but must be True or False"),
         ("optimizer.fused=maybe", "optimizer.fused is 'maybe', but must be True or False or null"),
         ("lr_scheduler.num_cycles=x", "lr_scheduler.num_cycles is 'x', but must be a number"),
@@ -132,12 +142,62 @@ def test_a_value_of_another_kind_than_the_component_takes_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        ({"lr": -1}, "lr is -1, but must be a number at least 0"),
+        ({"lr": float("inf")}, "lr is inf, but must be a number at least 0"),
+        ({"eps": -1e-8}, "eps is -1e-08, but must be a number at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1, but must be a number at least 0"),
+        ({"betas": [0.9, 1]}, "betas[1] is 1, but must be a number at least 0 and below 1"),
+        ({"betas": [-0.1, 0.9]}, "betas[0] is -0.1, but must be a number at least 0 and below 1"),
+        (
+            {"_component_": "torch.optim.SGD", "momentum": -1},
+            "momentum is -1, but must be a number at least 0",
+        ),
+        (
+            {"_component_": "torch.optim.Adafactor", "eps": [None, -1]},
+            "eps[1] is -1, but must be a number at least 0",
+        ),
+        (
+            {"_component_": "torch.optim.Adafactor", "eps": [1, None]},
+            "eps is [1, None], but must be [a number or null, a number]",
+        ),
+        ({"_component_": "torch.optim.Unannotated", "lr": "x"}, "lr is 'x', but must be a number"),
+        (
+            {"_component_": "torch.optim.Unannotated", "betas": [0, "x"]},
+            "betas[1] is 'x', but must be a number at least 0 and below 1",
+        ),
+    ],
+)
+def test_a_value_that_no_optimizer_has_is_named_before_the_model_is_built(
+    fails: Failing, monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setattr(torch.optim, "Unannotated", Unannotated, raising=False)
+    monkeypatch.setattr(recipe, "build_on_meta", pytest.fail)
+    message = fails(optimizer={"_component_": "torch.optim.Adam", **optimizer})
+    assert message.startswith(f"optimizer.{expected}")
+    assert message.endswith("; correct it.")
+
+
+class Unannotated(torch.optim.SGD):
+    """Says of no argument what it takes."""
+
+    def __init__(self, params, lr=0.1, betas=(0, 0)):  # type: ignore[no-untyped-def]
+        del betas
+        super().__init__(params, lr=lr)
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("model=os.getcwd", "model: os.getcwd makes no decoder of torchtune's; name one, such as "),
         ("model=torch.nn.ReLU", "model: torch.nn.ReLU makes no decoder of torchtune's; name one, "),
         ("optimizer=builtins.list", "optimizer: builtins.list makes no optimizer; name torch.opti"),
-        ("optimizer=torch.optim.LBFGS", "optimizer: torch.optim.LBFGS cannot take a step: LBFGS.s"),
+        (
+            "optimizer=torch.optim.LBFGS",
+            "optimizer: torch.optim.LBFGS cannot take a step: its step() needs 'closure', which a "
+            "run does not give; name torch.optim.Adam, or another.",
+        ),
         ("dataset=builtins.id", "dataset: builtins.id makes no data set of a known size; name one"),
     ],
 )
@@ -169,7 +229,7 @@ def test_the_trial_of_an_optimizer_leaves_the_run_as_it_was(
     # The same run without the trial.
     states = []
     for attempt in (optimization.try_optimizer, lambda *_: None):
-        monkeypatch.setattr(optimization, "try_optimizer", attempt)
+        monkeypatch.setattr(recipe, "try_optimizer", attempt)
         config = make_config()
         folder = config.parent / f"run{len(states)}"
         run(config, f"output_dir={folder}")

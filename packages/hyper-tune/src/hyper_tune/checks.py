@@ -46,6 +46,7 @@ def require_number(
     above: float | None = None,
     least: float | None = None,
     most: float | None = None,
+    below: float | None = None,
 ) -> None:
     """Refuse what is no finite number, or no ``whole`` one, or outside its bounds.
 
@@ -59,8 +60,9 @@ def require_number(
         and (above is None or value > above)
         and (least is None or value >= least)
         and (most is None or value <= most)
+        and (below is None or value < below)
     )
-    bounds = {"above": above, "at least": least, "at most": most}
+    bounds = {"above": above, "at least": least, "at most": most, "below": below}
     rule = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
     name = "a whole number" if whole else "a number"
     expected = f"{name} {rule}".rstrip()

@@ -1,7 +1,8 @@
 """The frozen base: found on disk, built on the meta device, sharded, loaded."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def check_files(settings: RecipeSettings) -> None:
 
     Raises:
         UserError: the folder or a file is missing (with the command that fetches it), or a weight
-            file is not safetensors.
+            file is not safetensors; or config.json is of another model than the configuration's.
     """
     folder = Path(settings.checkpointer["checkpoint_dir"])
     wanted = ["config.json", *weight_files(settings.checkpointer)]
@@ -50,7 +51,7 @@ def check_files(settings: RecipeSettings) -> None:
             f"no base model in {folder.absolute()}: {found} "
             f"({len(missing)} of {len(wanted)} files missing).\n{_remedy(settings, folder)}"
         )
-    check_config_file(folder, str(settings.checkpointer["model_type"]))
+    check_config_file(settings)
     for key in TOKENIZER_FILES:
         path = settings.tokenizer.get(key)
         if path is not None and not Path(path).is_file():
@@ -188,6 +189,41 @@ def base_layout(settings: RecipeSettings, processes: int | None = None) -> BaseL
     return layout
 
 
+def open_weights(
+    model: TransformerDecoder,
+    settings: RecipeSettings,
+    layers: Mapping[str, LowRankLinear] | None = None,
+) -> WeightFiles:
+    """Open the base's weight files, whose headers are compared with the model: no tensor is read.
+
+    ``layers``: those that the model has by now.
+
+    Raises:
+        UserError: the checkpoint's names or shapes are those of another model, or not to be read.
+    """
+    with _explained(settings):
+        names = weight_files(settings.checkpointer)
+        folder = Path(settings.checkpointer["checkpoint_dir"])
+        weights = WeightFiles(folder, names, str(settings.checkpointer["model_type"]))
+        refuse_other_model(model, weights.shapes(), layers or {}, settings)
+    return weights
+
+
+@contextmanager
+def _explained(settings: RecipeSettings) -> Iterator[None]:
+    """Say of an error in reading weight files where they are and how to fetch them."""
+    folder = Path(settings.checkpointer["checkpoint_dir"])
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"the weights in {folder} cannot be read: {error}; a file may be cut short or of "
+            f"another model: fetch it again.\n{_remedy(settings, folder)}"
+        ) from error
+
+
 def load_(
     model: TransformerDecoder,
     settings: RecipeSettings,
@@ -199,32 +235,22 @@ def load_(
     One tensor is in memory at a time, besides what this process keeps.
 
     Raises:
-        UserError: the checkpoint's names or shapes are those of another model.
+        UserError: as `open_weights`.
     """
-    folder = Path(settings.checkpointer["checkpoint_dir"])
-    try:
-        files = weight_files(settings.checkpointer)
-        weights = WeightFiles(folder, files, str(settings.checkpointer["model_type"]))
-        refuse_other_model(model, weights.shapes(), layers, settings)
-        places = model.state_dict(keep_vars=True)
-        layers_in_nf4 = quantisable(model).values() if settings.quantize_base else ()
-        in_nf4 = {id(layer.weight) for layer in layers_in_nf4}
-        shards_on = torch.device("cpu") if settings.fsdp_cpu_offload else device
-        held = {}
-        # None: shown where there is a terminal.
-        quiet = True if rank() else None
+    weights = open_weights(model, settings, layers)
+    places = model.state_dict(keep_vars=True)
+    layers_in_nf4 = quantisable(model).values() if settings.quantize_base else ()
+    in_nf4 = {id(layer.weight) for layer in layers_in_nf4}
+    shards_on = torch.device("cpu") if settings.fsdp_cpu_offload else device
+    held = {}
+    # None: shown where there is a terminal.
+    quiet = True if rank() else None
+    with _explained(settings):
         reading = tqdm(weights.tensors(), "loading", unit="tensor", delay=5, disable=quiet)
         for name, whole in reading:
             place = places[inside_adapters(name, layers)]
             kept = _held(whole, place, dtype_of(settings), device, shards_on)
             held[inside_adapters(name, layers)] = quantised(kept) if id(place) in in_nf4 else kept
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"the weights in {folder} cannot be read: {error}; a file may be cut short or of "
-            f"another model: fetch it again.\n{_remedy(settings, folder)}"
-        ) from error
     model.load_state_dict(held, strict=False, assign=True)
     with training.set_default_dtype(dtype_of(settings)), device:
         for module in model.modules():

@@ -25,6 +25,7 @@ from hyper_tune.torchtune.base_model import (
     check_files,
     describe_files,
     load_,
+    open_weights,
     prepare_,
 )
 from hyper_tune.torchtune.batches import Batch, collate
@@ -33,7 +34,7 @@ from hyper_tune.torchtune.components import build_tokenizer
 from hyper_tune.torchtune.evaluate import Questions, held_out_loss, peak_memory_mib
 from hyper_tune.torchtune.identity import run_identity
 from hyper_tune.torchtune.loggers import Loggers
-from hyper_tune.torchtune.optimization import build_optimizer, build_scheduler
+from hyper_tune.torchtune.optimization import build_optimizer, build_scheduler, try_optimizer
 from hyper_tune.torchtune.reporting import Reporter
 from hyper_tune.torchtune.results import say, step_row, write_results
 from hyper_tune.torchtune.samples import Samples, open_training_data
@@ -81,10 +82,12 @@ class FineTuning:
         device = parallel.usable_device(settings.device)
         self.device = parallel.start(device, settings.collective_timeout_seconds)
         check_compilation(settings)
+        try_optimizer(settings.optimizer, torch.zeros(1, device=self.device))
         base_layout(settings)  # refuses a job of another size
         self._peers = Peers.meet(self.device)
         self.tokenizer = build_tokenizer(settings.tokenizer)
         model = build_on_meta(settings)
+        open_weights(model, settings)  # refuses those of another model
         self._open_data(limit=model.max_seq_len, vocabulary=model.tok_embeddings.num_embeddings)
         self.total_steps = total_steps(
             self.data.size, self._global_batch, settings.epochs, settings.max_steps

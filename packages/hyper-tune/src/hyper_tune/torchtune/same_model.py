@@ -23,14 +23,28 @@ HF_TYPES = {
 }
 
 
-def check_config_file(folder: Path, model_type: str) -> None:
-    """Compare Hugging Face's config.json with the checkpointer's model type.
+# Hugging Face's names of a builder's keys.
+_HF_KEYS = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "embed_dim": "hidden_size",
+    "intermediate_dim": "intermediate_size",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+
+
+def check_config_file(settings: RecipeSettings) -> None:
+    """Compare Hugging Face's config.json with the checkpointer's model type and the model's keys.
 
     Raises:
-        UserError: it cannot be read, lacks what is needed, or is of another type.
+        UserError: it cannot be read, lacks what is needed, or is of another type or size.
     """
-    path = folder / "config.json"
-    there = _read(path)
+    path = Path(settings.checkpointer["checkpoint_dir"]) / "config.json"
+    there, model_type = _read(path), str(settings.checkpointer["model_type"])
     if "num_attention_heads" not in there:
         raise UserError(f"{path} has no num_attention_heads; give the config.json of the model.")
     of_type = [name for name, kind in HF_TYPES.items() if kind == there.get("model_type")]
@@ -39,6 +53,13 @@ def check_config_file(folder: Path, model_type: str) -> None:
             f"checkpointer.model_type is {model_type}, but {path} is of a model of type "
             f"{there['model_type']}; set it to {' or '.join(of_type)}, or name another folder."
         )
+    for key, name in _HF_KEYS.items():
+        given, expected = settings.model.get(key), there.get(name)
+        if given is not None and expected is not None and given != expected:
+            raise UserError(
+                f"model.{key} is {given!r}, but {path} has {name} {expected!r}; set model.{key}="
+                f"{expected}, or checkpointer.checkpoint_dir to the folder of the model you mean."
+            )
 
 
 def _read(path: Path) -> dict[str, Any]:
