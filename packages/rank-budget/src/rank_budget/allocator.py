@@ -281,7 +281,7 @@ class RankAllocator:
                 or damaged, or layers are compacted. Nothing has been changed then.
         """
         for block in self._roster.blocks:
-            block.read()  # Refuses layers that have become smaller, before anything is changed.
+            block.check(block.read()[0])  # before anything is changed
         check_state(state, self.state_dict(), ranks=self._layout.even)
         device = self._alive.device
         alive = state["alive"].to(device).clone()

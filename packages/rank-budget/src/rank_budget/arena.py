@@ -85,7 +85,12 @@ class Arena:
         scale = None if grad_scale is None else grad_scale.to(self.device)
         missing: set[str] = set()
         for run, largest in zip(self.runs, self._largest.unbind(), strict=True):
-            missing |= run.read_products_(read)
+            try:
+                missing |= run.read_products_(read)
+            except RuntimeError:
+                for block, (values, _) in zip(self.blocks, read, strict=True):
+                    block.check(values)
+                raise
             if scale is not None:
                 run.products.div_(scale)
             if run.products.numel():

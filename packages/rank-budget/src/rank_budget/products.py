@@ -56,6 +56,9 @@ class Reader(Protocol):
         """Write the products; return the matrices without a gradient, where zeros are written.
 
         ``read``: values and gradients of each block.
+
+        Raises:
+            RuntimeError: a tensor has another shape than it had.
         """
 
 
@@ -94,6 +97,7 @@ class Large:
                     missing.add(name)
                     place.zero_()
                 else:
+                    _check_fits(value, place)
                     _multiply_(place, value, grad)
         return missing
 
@@ -109,21 +113,21 @@ class Small:
             (group, flat.view(sum(map(_rows, group)), *group[0].block.shape[2:]))
             for group, flat in zip(groups, flats, strict=True)
         ]
+        self._places = [place for _, place in self._groups]
 
     def read_(self, read: Read) -> set[str]:
         """Write the products; see `Reader`."""
         missing: set[str] = set()
-        places: list[Tensor] = []
         factors: list[Tensor] = []
         for pieces, place in self._groups:
             values: list[Tensor] = []
             grads: list[Tensor] = []
             for piece in pieces:
                 missing |= _append(piece, *read[piece.number], values, grads)
-            torch.cat(grads, out=place)
-            places.append(place)
             factors.append(torch.cat(values))
-        torch._foreach_mul_(places, factors)
+            _check_fits(factors[-1], place)
+            torch.cat(grads, out=place)
+        torch._foreach_mul_(self._places, factors)
         return missing
 
 
@@ -172,6 +176,12 @@ def _kind(piece: Piece) -> type[Reader]:
         return Stacks
     large = block.device.type == "cpu" and block.numel_of_one >= LARGE
     return Large if large else Small
+
+
+def _check_fits(values: Tensor, place: Tensor) -> None:
+    """Refuse what an operation would expand, or make room for."""
+    if values.shape != place.shape:
+        raise RuntimeError(f"{tuple(values.shape)} for a place of {tuple(place.shape)}")
 
 
 def _multiply_(place: Tensor, value: Tensor, grad: Tensor) -> None:

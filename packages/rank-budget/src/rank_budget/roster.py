@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from rank_budget.errors import BudgetError
-from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices, check_layer
+from rank_budget.layers import RankedFactors, RankedLayer, RankedMatrices, check_layer, reading
 from rank_budget.layout import Limits, order_of
-from rank_budget.shards import local_part, shard_of
+from rank_budget.shards import local_part, local_parts, shard_of
 from rank_budget.stacks import Block, blocks_of_layers, blocks_of_stacks
 
 
@@ -197,14 +197,20 @@ def _layer_zeroer(layers: Sequence[RankedLayer], index: Tensor) -> Callable[[Ten
     shard = shard_of(layers[0].lam, 0, "lam")
     first = shard.start if shard is not None else 0
     rows = index[:, first : first + lam.shape[0]]
+    factors = reading(layers, "lam")
+    keep = lam.new_empty(len(layers), *shape)
+    keeps = list(keep.unbind())
 
     def zero(alive: Tensor) -> None:
-        values = [local_part(layer.lam) for layer in layers]
-        keep = alive[rows].to(lam.device, lam.dtype).view(len(layers), *shape).unbind()
-        # A layer that `compact_` has made smaller has nothing dead any more.
-        pairs = [pair for pair in zip(values, keep, strict=True) if pair[0].shape == shape]
-        if pairs:
-            torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
+        values = local_parts(factors())
+        keep.copy_(alive[rows].view(keep.shape))
+        try:
+            torch._foreach_mul_(values, keeps)
+        except RuntimeError:
+            # A layer that `compact_` has made smaller has nothing dead any more.
+            for value, kept in zip(values, keeps, strict=True):
+                if value.shape == shape:
+                    value.mul_(kept)
 
     return zero
 

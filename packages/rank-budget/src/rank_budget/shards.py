@@ -1,7 +1,7 @@
 """What a process holds of a factor that FSDP2 has sharded."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -9,7 +9,10 @@ from torch.nn import Parameter
 from rank_budget.errors import BudgetError
 
 # Of these an attribute that they lack need not be looked up, tensor by tensor.
-_WHOLE = (Tensor, Parameter)
+_WHOLE = {Tensor, Parameter}
+_KNOWN = _WHOLE | {type(None)}
+
+T = TypeVar("T", bound=Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,13 @@ def local_part(tensor: Tensor) -> Tensor:
     to_local = getattr(tensor, "to_local", None)
     local: Tensor = tensor if to_local is None else to_local()
     return local
+
+
+def local_parts(tensors: list[T]) -> list[T]:
+    """Return what this process holds of each of many tensors; None, of no tensor, is itself."""
+    if _KNOWN.issuperset(map(type, tensors)):
+        return tensors
+    return [tensor if tensor is None else cast(T, local_part(tensor)) for tensor in tensors]
 
 
 def shard_of(tensor: Tensor, component: int, name: str) -> Shard | None:
