@@ -105,13 +105,18 @@ def llama(layers, scale, kit=None):
     return matrices, factors
 
 
+def as_on_an_accelerator(monkeypatch):
+    for limit in ("arena.CACHED", "products.LARGE"):
+        monkeypatch.setattr(f"rank_budget.{limit}", 2**40)
+
+
 @pytest.mark.parametrize("direction", ["prune", "regrow"])
 @pytest.mark.parametrize("separate", [False, True])
 def test_an_allocation_over_448_matrices_takes_at_most_40_operations(
     kit, monkeypatch, separate, direction
 ):
     """Where all is one run: on an accelerator whatever the size, on a CPU what its cache holds."""
-    monkeypatch.setattr("rank_budget.arena.CACHED", 2**40)
+    as_on_an_accelerator(monkeypatch)
     found = []
     for layers in (2, 32):
         matrices, factors = llama(layers, 64, kit if separate else None)
@@ -136,7 +141,10 @@ def test_a_cpu_takes_a_few_operations_for_each_run_that_its_cache_holds(kit, mon
     for runs in (1, 8):
         matrices, factors = llama(8, 64, kit if separate else None)
         widths = (4096 + 1024) * 4 + (14336 + 4096) * 3 + 4096 * 4
-        monkeypatch.setattr("rank_budget.arena.CACHED", 2**40 if runs == 1 else 8 * widths // 32)
+        as_on_an_accelerator(monkeypatch)
+        if runs > 1:
+            monkeypatch.setattr("rank_budget.arena.CACHED", 8 * widths // 32)
+            monkeypatch.setattr("rank_budget.products.LARGE", 2**15)
         schedule = CubicBudget(896, 448, total_steps=100)
         allocator = RankAllocator(matrices, schedule, factors=factors, score=SmoothedSensitivity())
         (arena,) = allocator._scorer._arenas
@@ -144,7 +152,7 @@ def test_a_cpu_takes_a_few_operations_for_each_run_that_its_cache_holds(kit, mon
             allocator.score()
             allocator.step()
         counted = sum(n for name, n in mode.operations.items() if name not in VIEWS)
-        # Where it works in runs it reads the flag, and need not clean what may not be finite.
+        # There it reads the flag, and need not clean what may not be finite.
         assert mode.operations["nan_to_num_"] == (len(arena.runs) == 1)
         assert mode.operations["_local_scalar_dense"] == (len(arena.runs) > 1)
         found[len(arena.runs)] = counted, sum(len(run.pieces) for run in arena.runs)
@@ -177,7 +185,8 @@ def test_operations_do_not_grow_with_the_matrices_that_are_frozen(kit, score):
     assert not HOST_READS & found[1].keys()
 
 
-def test_an_allocation_between_two_costs_nothing_but_the_averages(kit):
+def test_an_allocation_between_two_costs_nothing_but_the_averages(kit, monkeypatch):
+    as_on_an_accelerator(monkeypatch)
     matrices, factors = llama(2, 64)
     schedule = CubicBudget(224, 112, total_steps=100, interval=50)
     allocator = RankAllocator(matrices, schedule, factors=factors, score=SmoothedSensitivity())

@@ -1,6 +1,7 @@
 """What goes wrong in use, each by name."""
 
 import copy
+from warnings import simplefilter
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rank_budget import (
 )
 from rank_budget.arena import Arena, arenas_of
 from rank_budget.costs import ExportedBytes
+from rank_budget.layers import AdaLoraLayer
 from rank_budget.stacks import blocks_of_layers
 
 
@@ -223,7 +225,7 @@ def test_factors_are_grouped_by_device(kit, monkeypatch):
     assert [block.names for block in there.blocks] == [("b",)] * 3
     assert (len(here.runs), len(there.runs)) == (6, 1)
     for arena, device in ((here, "cpu"), (there, "meta")):
-        tensors = (arena.products, arena.room(arena.runs[0]), arena.zeros())
+        tensors = (arena.products, arena.runs[0].room, arena.zeros())
         assert {tensor.device.type for tensor in tensors} == {device}
 
 
@@ -416,3 +418,47 @@ def test_factors_that_change_their_shape(kit):
     assert kit.error_text(allocator.step) == (
         "lam of b has the shape (2,), but had (3,) when the allocator was made; make a new one."
     )
+
+
+@pytest.mark.parametrize("large", [2**40, 1])
+@pytest.mark.parametrize(
+    ("names", "role", "shape"),
+    [
+        ("ab", "p", (4, 1)),  # one component, which an operation would expand
+        ("a", "q", (2, 5)),  # fewer rows than there is a place for
+        ("a", "p", (4, 2)),  # no longer as those beside it
+    ],
+)
+@pytest.mark.parametrize("warnings", ["ignore", "error"])
+def test_factors_that_would_fit_by_chance(kit, monkeypatch, large, names, role, shape, warnings):
+    simplefilter(warnings)
+    monkeypatch.setattr("rank_budget.products.LARGE", large)
+    layers, allocator = build(kit, "ab", score=SmoothedSensitivity())
+    allocator.step()
+    saved = copy.deepcopy(averages_of(allocator))
+    before = tuple(getattr(layers["a"], role).shape)
+    for name in names:
+        factor = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        factor.grad = torch.zeros_like(factor)
+        setattr(layers[name], role, factor)
+    assert kit.error_text(allocator.step) == (
+        f"{role} of a has the shape {shape}, but had {before} when the allocator was made; make a "
+        "new one."
+    )
+    torch.testing.assert_close(averages_of(allocator), saved, rtol=0, atol=0)
+
+
+def test_parameters_that_were_replaced_are_read(kit):
+    """Not those that an AdaLoRA layer of PEFT held when the allocator was made."""
+    module = torch.nn.Module()
+    for name, shape in (("lora_A", (3, 5)), ("lora_B", (4, 3)), ("lora_E", (3, 1))):
+        setattr(module, name, torch.nn.ParameterDict({"default": torch.zeros(shape)}))
+    layer = AdaLoraLayer(module, "default")
+    allocator = RankAllocator({"a": layer}, FixedPruning(3, 1, 2, 1), score=SmoothedSensitivity())
+    triplet = kit.triplet(3, 4, 5, dtype=torch.float32, column=True)
+    for role in ("p", "lam", "q"):
+        setattr(layer, role, getattr(triplet, role))
+    allocator.step()
+    (alive,) = allocator.masks().values()
+    assert alive.sum() == 1
+    assert torch.equal(triplet.lam[:, 0] != 0, alive)

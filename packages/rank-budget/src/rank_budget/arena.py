@@ -10,16 +10,19 @@ from rank_budget.stacks import Block, wide_dtype
 
 # Numbers of a run on a CPU. Memory is what a step waits for there, so that all is done to a run
 # while the cache holds it; elsewhere operations are what it waits for, and all is one run.
-CACHED = 2**18
+CACHED = 2**19
 
 
 class Run:
     """Whole matrices that are worked on together: pieces of blocks, in their order."""
 
-    def __init__(self, pieces: Sequence[Piece], products: Tensor) -> None:
+    def __init__(self, pieces: Sequence[Piece], products: Tensor, room: Tensor | None) -> None:
         self.pieces = list(pieces)
         self.products = products
-        self._readers = readers_of(pieces, products)
+        # Room for as many numbers, to be overwritten. Where all is one run, what is there is used
+        # no more when the averages have moved.
+        self.room = products if room is None else room[: products.numel()]
+        self._readers = readers_of(pieces, products, None if room is None else self.room)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Return a view for each piece of what stands flat over the run."""
@@ -48,14 +51,12 @@ class Arena:
         self.dtype = wide_dtype(blocks)
         self.numel = sum(block.numel for block in blocks)
         self.products = self.zeros()
-        runs = list(_runs_of(blocks, CACHED if self.device.type == "cpu" else self.numel))
+        on_cpu = self.device.type == "cpu"
+        runs = list(_runs_of(blocks, CACHED if on_cpu else self.numel))
         self._lengths = [sum(piece.numel for piece in pieces) for pieces in runs]
+        room = self.products.new_empty(max(self._lengths)) if on_cpu else None
         pairs = zip(runs, self.by_run(self.products), strict=True)
-        self.runs = [Run(pieces, products) for pieces, products in pairs]
-        # As large as a run; where there is one, what is there is used no more.
-        self._room = (
-            self.products if len(runs) == 1 else self.products.new_empty(max(self._lengths))
-        )
+        self.runs = [Run(pieces, products, room) for pieces, products in pairs]
         self._largest = self.products.new_zeros(len(runs))
 
     def zeros(self) -> Tensor:
@@ -66,10 +67,6 @@ class Arena:
         """Return a view of the block's shape for each block."""
         parts = torch.split(flat, [block.numel for block in self.blocks])
         return [part.view(block.shape) for part, block in zip(parts, self.blocks, strict=True)]
-
-    def room(self, run: "Run") -> Tensor:
-        """Return room for the numbers of a run, to be overwritten; perhaps its products'."""
-        return self._room[: run.products.numel()]
 
     def by_run(self, flat: Tensor) -> Sequence[Tensor]:
         """Return a view for each run."""
@@ -87,7 +84,7 @@ class Arena:
         for run, largest in zip(self.runs, self._largest.unbind(), strict=True):
             try:
                 missing |= run.read_products_(read)
-            except RuntimeError:
+            except (RuntimeError, UserWarning):
                 for block, (values, _) in zip(self.blocks, read, strict=True):
                     block.check(values)
                 raise

@@ -62,7 +62,7 @@ class Moving:
         )
         for (run, mean, spread), here in zip(self._parts, parts, strict=True):
             pair = (move1, move2) if here is None else (move1 * here, move2 * here)
-            _move_(run.products, mean, spread, pair, self.arena.room(run))
+            _move_(run.products, mean, spread, pair, run.room)
             if choosing:
                 found += self._scores_of(run, mean, spread)
         return found
@@ -72,18 +72,17 @@ class Moving:
         return [score for part in self._parts for score in self._scores_of(*part)]
 
     def _scores_of(self, run: Run, mean: Tensor, spread: Tensor) -> list[Tensor]:
-        products = torch.mul(mean, spread, out=self.arena.room(run))
+        products = torch.mul(mean, spread, out=run.room)
         found = []
         for piece, part in zip(run.pieces, run.split(products), strict=True):
-            width = -1 if piece.block.last else -2
-            if piece.block.role == "lam":
+            block = piece.block
+            if block.role == "lam":
                 # The next run overwrites it.
                 found.append(part.clone() if len(self._parts) > 1 else part)
-            elif piece.block.held:
-                found.append(part.mean(width))
             else:
                 # A shard without a part of the width: the mean of nothing is not a number.
-                found.append(part.sum(width))
+                average = torch.mean if part.numel() else torch.sum
+                found.append(average(part, -1 if block.last else -2))
         return found
 
 

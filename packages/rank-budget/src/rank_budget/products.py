@@ -13,6 +13,7 @@ from rank_budget.stacks import Block
 
 # Numbers from which a tensor on a CPU is worth an operation of its own, which writes it once.
 LARGE = 2**15
+_NONE = type(None)
 
 Read = Sequence[tuple[Sequence[Tensor], Sequence[Tensor | None]]]
 
@@ -50,7 +51,7 @@ class Piece:
 class Reader(Protocol):
     """Writes the products of some pieces to their place."""
 
-    def __init__(self, pieces: Sequence[Piece], flat: Tensor) -> None: ...
+    def __init__(self, pieces: Sequence[Piece], flat: Tensor, room: Tensor | None) -> None: ...
 
     def read_(self, read: Read) -> set[str]:
         """Write the products; return the matrices without a gradient, where zeros are written.
@@ -58,14 +59,14 @@ class Reader(Protocol):
         ``read``: values and gradients of each block.
 
         Raises:
-            RuntimeError: a tensor has another shape than it had.
+            RuntimeError: a tensor has another shape than it had; or PyTorch's warning of it.
         """
 
 
 class Stacks:
     """Pieces of live stacks: an operation for each."""
 
-    def __init__(self, pieces: Sequence[Piece], flat: Tensor) -> None:
+    def __init__(self, pieces: Sequence[Piece], flat: Tensor, _: Tensor | None) -> None:
         self._parts = list(zip(pieces, split(pieces, flat), strict=True))
 
     def read_(self, read: Read) -> set[str]:
@@ -81,7 +82,7 @@ class Stacks:
 class Large:
     """Tensors of which each is worth an operation of its own."""
 
-    def __init__(self, pieces: Sequence[Piece], flat: Tensor) -> None:
+    def __init__(self, pieces: Sequence[Piece], flat: Tensor, _: Tensor | None) -> None:
         parts = zip(pieces, split(pieces, flat), strict=True)
         self._places = [(piece, part.unbind()) for piece, part in parts]
 
@@ -97,7 +98,6 @@ class Large:
                     missing.add(name)
                     place.zero_()
                 else:
-                    _check_fits(value, place)
                     _multiply_(place, value, grad)
         return missing
 
@@ -105,26 +105,29 @@ class Large:
 class Small:
     """Tensors that are worth no operation of their own: brought together by a few."""
 
-    def __init__(self, pieces: Sequence[Piece], flat: Tensor) -> None:
+    def __init__(self, pieces: Sequence[Piece], flat: Tensor, room: Tensor | None) -> None:
         # Of those that differ in the first dimension alone, one stands behind the other.
         groups = [list(group) for _, group in groupby(pieces, lambda piece: piece.block.shape[2:])]
-        flats = torch.split(flat, [sum(piece.numel for piece in group) for group in groups])
-        self._groups = [
-            (group, flat.view(sum(map(_rows, group)), *group[0].block.shape[2:]))
-            for group, flat in zip(groups, flats, strict=True)
-        ]
-        self._places = [place for _, place in self._groups]
+
+        def places(flat: Tensor) -> list[Tensor]:
+            parts = torch.split(flat, [sum(piece.numel for piece in group) for group in groups])
+            shapes = [(sum(map(_rows, group)), *group[0].block.shape[2:]) for group in groups]
+            return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+        self._places = places(flat)
+        rooms = [None] * len(groups) if room is None else places(room)
+        self._groups = list(zip(groups, self._places, rooms, strict=True))
 
     def read_(self, read: Read) -> set[str]:
         """Write the products; see `Reader`."""
         missing: set[str] = set()
         factors: list[Tensor] = []
-        for pieces, place in self._groups:
+        for pieces, place, room in self._groups:
             values: list[Tensor] = []
             grads: list[Tensor] = []
             for piece in pieces:
                 missing |= _append(piece, *read[piece.number], values, grads)
-            factors.append(torch.cat(values))
+            factors.append(torch.cat(values, out=room))
             _check_fits(factors[-1], place)
             torch.cat(grads, out=place)
         torch._foreach_mul_(self._places, factors)
@@ -145,10 +148,9 @@ def _append(
 ) -> set[str]:
     """Append a piece's values and gradients, zeros where there is none; return the missing."""
     here = grads[piece.span]
-    found = [grad for grad in here if grad is not None]
-    if len(found) == len(here):
+    if _NONE not in set(map(type, here)):
         all_values += values[piece.span]
-        all_grads += found
+        all_grads += here  # type: ignore[arg-type]
         return set()
     names = piece.block.names[piece.span]
     for value, grad in zip(values[piece.span], here, strict=True):
@@ -157,11 +159,17 @@ def _append(
     return {name for name, grad in zip(names, here, strict=True) if grad is None}
 
 
-def readers_of(pieces: Sequence[Piece], products: Tensor) -> list[Reader]:
-    """Return what reads the pieces, whose ``products`` stand flat, in their order."""
+def readers_of(pieces: Sequence[Piece], products: Tensor, room: Tensor | None) -> list[Reader]:
+    """Return what reads the pieces, whose ``products`` stand flat, in their order.
+
+    ``room``: for as many numbers, to be overwritten; where there is none, it is allocated anew.
+    """
     groups = [(kind, list(group)) for kind, group in groupby(pieces, _kind)]
-    flats = torch.split(products, [sum(piece.numel for piece in group) for _, group in groups])
-    return [kind(group, flat) for (kind, group), flat in zip(groups, flats, strict=True)]
+    sizes = [sum(piece.numel for piece in group) for _, group in groups]
+    flats = torch.split(products, sizes)
+    rooms = [None] * len(groups) if room is None else torch.split(room, sizes)
+    rows = zip(groups, flats, rooms, strict=True)
+    return [kind(group, flat, here) for (kind, group), flat, here in rows]
 
 
 def split(pieces: Sequence[Piece], flat: Tensor) -> list[Tensor]:
@@ -186,6 +194,7 @@ def _check_fits(values: Tensor, place: Tensor) -> None:
 
 def _multiply_(place: Tensor, value: Tensor, grad: Tensor) -> None:
     """Write a product at the precision of ``place``."""
+    _check_fits(value, place)
     if value.dtype == grad.dtype == place.dtype:
         torch.mul(value, grad, out=place)
     else:

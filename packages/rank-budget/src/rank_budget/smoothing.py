@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rank_budget import products
 from rank_budget.arena import arenas_of
 from rank_budget.errors import require
 from rank_budget.moves import Moving
@@ -66,9 +67,9 @@ class Averages:
         ]
         self._arenas = [moving.arena for moving in self._moving]
         self._gather = Gather([block for arena in self._arenas for block in arena.blocks], order)
-        # A CPU does not wait for a flag, and to read it spares what works in runs a pass over all.
+        # A CPU does not wait for a flag, and to read it spares a pass over all.
         on_cpu = all(arena.device.type == "cpu" for arena in self._arenas)
-        self._at_hand = on_cpu and any(len(arena.runs) > 1 for arena in self._arenas)
+        self._at_hand = on_cpu and sum(arena.numel for arena in self._arenas) >= products.LARGE
         self._largest: list[Tensor] = []
         self._missing: set[str] = set()
         self._checked = False
