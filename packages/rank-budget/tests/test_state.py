@@ -346,6 +346,11 @@ def swap(one, other):
     return change
 
 
+def drop(state):
+    """Leave out a change of the first allocation, as if what fell had never lived."""
+    state["history"]["pruned"] = state["history"]["pruned"][1:]
+
+
 FAULTS = {
     "incomplete": (cut("alive"), "the saved state lacks alive, expected what state_dict"),
     "foreign": (put(1, "model"), "the saved state has model, expected what state_dict"),
@@ -376,6 +381,10 @@ FAULTS = {
     "direction": (
         swap("pruned", "grown"),
         "the saved pruned is torch.int32 (0, 2), expected the changes that led to the masks",
+    ),
+    "dropped": (
+        drop,
+        "the saved pruned is torch.int32 (3, 2), expected the changes from a start of 7",
     ),
     "averages": (
         put([torch.zeros(3)], "score", "uncertainty"),

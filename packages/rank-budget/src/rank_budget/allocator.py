@@ -285,13 +285,13 @@ class RankAllocator:
         check_state(state, self.state_dict(), ranks=self._layout.even)
         device = self._alive.device
         alive = state["alive"].to(device).clone()
-        history = history_from(state["history"], alive, self._roster.ranks)
+        exact = self._layout.even or self._plan.direction != "grow"
+        start = self._layout.cost, self.schedule.initial if exact else None
+        history = history_from(state["history"], alive, self._roster.ranks, *start)
         self._scorer.load_state_dict(state["score"])
-        self.history = history
-        self._alive = alive
-        self._importance = state["importance"].to(device).clone()
+        self.history, self._alive = history, alive
+        self._importance, self._budget = state["importance"].to(device).clone(), state["budget"]
         self.count.set(state["steps"], state["skipped"])
-        self._budget = state["budget"]
         self._live = int(self._alive.sum())
         self._scored, self._pending, self._resume = False, None, None
         # In regrowth λ of what fell has learned on, and is the model's to restore.

@@ -133,11 +133,16 @@ def history_state(history: Sequence[Allocation]) -> dict[str, Any]:
 
 
 def history_from(
-    state: Mapping[str, Any], alive: Tensor, ranks: Mapping[str, int]
+    state: Mapping[str, Any],
+    alive: Tensor,
+    ranks: Mapping[str, int],
+    cost: Tensor,
+    initial: int | None,
 ) -> list[Allocation]:
     """Return the history that `history_state` wrote, of matrices of these ranks.
 
-    ``alive``: what lives after the last allocation, bool, (components,).
+    ``alive``: what lives after the last allocation, bool, (components,). ``cost``: of each
+    component. ``initial``: what lived before the first cost, None where that is not known.
 
     Raises:
         BudgetError: its parts do not fit.
@@ -170,4 +175,6 @@ def history_from(
     for key, pairs in history_state(found).items():
         if key in ("pruned", "grown") and not torch.equal(pairs.cpu(), state[key].cpu()):
             raise damaged(key, state[key], "the changes that led to the masks")
+    if found and initial not in (None, int((cost * masks[0]).sum())):
+        raise damaged("pruned", state["pruned"], f"the changes from a start of {initial}")
     return found
