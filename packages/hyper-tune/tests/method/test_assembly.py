@@ -87,6 +87,12 @@ def test_a_schedule_that_meets_the_budget_does_not_warn() -> None:
         assemble(plain_model(), adalora(4, 2, interval=10), total_steps=11)
 
 
+def test_a_budget_without_ranks_is_refused_before_the_number_of_steps_is_known() -> None:
+    expected = r"^method\.budget is 0\.1, but leaves none of the 12 ranks; raise it\.$"
+    with pytest.raises(UserError, match=expected):
+        assemble(plain_model(), adalora(4, 0.1), total_steps=None)
+
+
 def test_shares_without_others_to_share_with_warn_once() -> None:
     config = MethodConfig("hyperdora", init_rank=2)
     with pytest.warns(UserWarning, match="split_generation") as caught:
