@@ -28,7 +28,7 @@ def adalora(init_rank: int, budget: float, **pruning: Any) -> MethodConfig:
     return MethodConfig("adalora", init_rank=init_rank, budget=budget, pruning=settings)
 
 
-@pytest.mark.filterwarnings("ignore:the pruning schedule leaves")
+@pytest.mark.filterwarnings("ignore:the pruning schedule leaves", "ignore:the first pruning")
 @pytest.mark.parametrize("budget", [1, 4 / 3, 1.5, 2, 3, 4])
 @pytest.mark.parametrize(("interval", "steps"), [(1, 9), (2, 9), (3, 30), (30, 30), (7, 20)])
 @pytest.mark.parametrize("finish_by", [0.1, 0.7, 1.0])
