@@ -208,8 +208,8 @@ class TrainingStep:
 
 def _warn_of_equal_scores(step: int) -> None:
     warnings.warn(
-        f"the first pruning, after step {step}, was by the components' positions alone: nothing had "
-        "been learned by then, so that the importance of all was 0; raise method.pruning.interval "
-        "above the steps whose learning rate is 0, and above 1.",
+        f"the first pruning, after step {step}, was by the components' positions alone: nothing "
+        "had been learned by then, so that the importance of all was 0; raise "
+        "method.pruning.interval above the steps whose learning rate is 0, and above 1.",
         stacklevel=5,
     )
