@@ -73,7 +73,7 @@ def trained(
     config = write_config(folder, max_steps=8, dataset_val=data, validate_every_n_steps=4)
     config.write_text(config.read_text().replace("interval: 3", "interval: 3\n    finish_by: 0.9"))
     run(config, f"output_dir={folders['first']}")
-    run(config, f"output_dir={folders['second']}", "optimizer.lr=3e-3", "method.pruning.interval=2")
+    run(config, f"output_dir={folders['second']}", "optimizer.lr=3e-3", "method.pruning.interval=4")
     shutil.copytree(folders["first"], folders["third"])
     (folders["third"] / "summary.json").unlink()
     return folders
@@ -126,7 +126,7 @@ def test_compare_puts_the_figures_of_runs_side_by_side(
     seconds = [sum(row["seconds"] for row in rows(path)) for path in paths]
     assert table["seconds of all steps"] == [f"{value:.0f}" for value in seconds]
     assert table["optimizer.lr"] == ["0.001", "0.003", "0.001"]
-    assert table["method.pruning.interval"] == ["3", "2", "3"]
+    assert table["method.pruning.interval"] == ["3", "4", "3"]
     settings = printed[printed.index("differing settings") :].splitlines()[1:-2]
     assert len(settings) == 2
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")

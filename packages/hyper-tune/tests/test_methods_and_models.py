@@ -84,7 +84,7 @@ def add_adapter_(model: torch.nn.Module, folder: Path) -> None:
             weight *= (magnitude / weight.norm(dim=1))[:, None]
 
 
-@pytest.mark.filterwarnings("ignore:lr_scheduler.num_warmup_steps")
+@pytest.mark.filterwarnings("ignore:lr_scheduler.num_warmup_steps", "ignore:the first pruning")
 @pytest.mark.parametrize("family", ["llama", "qwen"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_trains_resumes_and_exports(
@@ -170,7 +170,7 @@ def test_a_rank_is_chosen_for_an_export(
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.filterwarnings("ignore:lr_scheduler.num_warmup_steps")
+@pytest.mark.filterwarnings("ignore:lr_scheduler.num_warmup_steps", "ignore:the first pruning")
 @pytest.mark.parametrize(
     "hypernetwork",
     [

@@ -90,7 +90,7 @@ def add_adapter_(model: torch.nn.Module, folder: Path) -> None:
         modules[name].weight += tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"]
 
 
-@pytest.mark.filterwarnings("ignore:lr_scheduler.num_warmup_steps")
+@pytest.mark.filterwarnings("ignore:lr_scheduler.num_warmup_steps", "ignore:the first pruning")
 @pytest.mark.parametrize("builder", MODELS)
 def test_a_model_is_loaded_adapted_trained_and_exported(
     tmp_path: Path, make_config: Callable[..., Path], llama: dict[str, Any], builder: str

@@ -152,7 +152,7 @@ def test_the_merged_export_has_the_logits_of_the_training_model(
     method: dict[str, Any] = {"name": name, "init_rank": 4, "target_modules": ["q_proj", "w1"]}
     method["hypernetwork"] = {"preset": "attention-small"}
     if name == "hyperadalora":
-        method |= {"budget": 2, "pruning": {"interval": 2}}
+        method |= {"budget": 2, "pruning": {"interval": 3}}
     run(config(method=method, optimizer={"_component_": "torch.optim.Adam", "lr": 0.01}))
     trained = open_trained(tmp_path / "run")
     export_merged(trained, tmp_path / "merged")

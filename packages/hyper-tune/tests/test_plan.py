@@ -210,3 +210,11 @@ def test_a_gpu_is_named_with_its_memory() -> None:
     for name in ("h100", "80", "h100-80gb", ""):
         with pytest.raises(UserError, match="must end in the memory in GB, such as h100-80"):
             gpu_bytes(name)
+
+
+def test_a_budget_that_leaves_no_rank_is_refused_as_a_run_does(
+    fails: Callable[..., str], refused: Callable[..., str], make_config: ConfigMaker
+) -> None:
+    message = fails("method.budget=0.01")
+    assert message == "method.budget is 0.01, but leaves none of the 56 ranks; raise it."
+    assert refused("plan", "--config", make_config(), "method.budget=0.01") == message

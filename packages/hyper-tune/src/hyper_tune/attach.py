@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hyper_tune.errors import UserError
 from hyper_tune.factors import FactorOwner, LearnedFactors, PartlyGenerated
 from hyper_tune.method import HypernetworkSettings, MethodConfig
+from hyper_tune.ranks import budgeted_ranks
 from hyper_tune.split import SharedGeneration, SplitGeneration
 from lowrank_adapters import (
     SVD,
@@ -59,6 +60,9 @@ def attach(
     ``also_exclude``: patterns beside the config's, for modules that are trained as a whole.
 
     All that trains, without what becomes of the ranks: it also works where ``device`` is meta.
+
+    Raises:
+        ValueError: targets that match nothing, a rank above a matrix's, a budget without a rank.
     """
     layers = inject_adapters_(
         model,
@@ -70,6 +74,8 @@ def attach(
     )
     freeze_base_(model)
     stack = FactorStack(layers)
+    if config.method.prunes:
+        budgeted_ranks(config, stack)  # refuses one that leaves none
     return layers, stack, _make_owner(config, stack, split_generation)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -23,12 +24,15 @@ _PACKAGES = (
 def start_record(device: torch.device) -> dict[str, Any]:
     """Return what a later reader needs to start the same run again.
 
+    ``command``: a line for a shell in ``folder``, that of the interpreter. Of torchrun's processes
+    it is torchrun's, without what tells the machines of a job how they meet.
+
     >>> sorted(start_record(torch.device("cpu")))
     ['command', 'device', 'folder', 'git', 'platform', 'processes', 'python', 'time', 'versions']
     """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": shlex.join(_command()),
         "folder": str(Path.cwd()),
         "processes": world_size(),
         "device": _device_name(device),
@@ -37,6 +41,16 @@ def start_record(device: torch.device) -> dict[str, Any]:
         "versions": versions(),
         "git": git_state(Path.cwd()),
     }
+
+
+def _command() -> list[str]:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return sys.orig_argv
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    machines = int(os.environ["WORLD_SIZE"]) // here
+    where = ["--standalone"] if machines == 1 else ["--nnodes", str(machines)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *where]
+    return [*launcher, "--nproc_per_node", str(here), *sys.argv]
 
 
 def versions() -> dict[str, str]:

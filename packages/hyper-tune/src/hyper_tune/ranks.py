@@ -72,11 +72,26 @@ def draw_seed(device: torch.device | str) -> int:
     return int(seed)
 
 
+def budgeted_ranks(config: MethodConfig, stack: FactorStack) -> tuple[int, int]:
+    """Return the components of all matrices at the start, and how many the budget leaves.
+
+    Raises:
+        UserError: it leaves none.
+    """
+    masks = [group.rank_mask for group in stack.groups if group.rank_mask is not None]
+    initial = sum(mask.numel() for mask in masks)
+    assert config.budget is not None
+    budget = round(config.budget * sum(len(mask) for mask in masks))
+    rule = f"leaves none of the {initial} ranks"
+    require(budget >= 1, "method.budget", config.budget, rule, "raise it")
+    return initial, budget
+
+
 def make_allocator(config: MethodConfig, stack: FactorStack, total_steps: int) -> RankAllocator:
     """Return the allocator of a method that prunes; warn of a schedule that misses the budget."""
     settings = config.pruning
     assert settings is not None
-    assert config.budget is not None
+    initial, budget = budgeted_ranks(config, stack)
     matrices = [
         RankedMatrices(
             names=group.names,
@@ -87,10 +102,6 @@ def make_allocator(config: MethodConfig, stack: FactorStack, total_steps: int) -
         for group in stack.groups
         if group.rank_mask is not None and group.values.grad is not None
     ]
-    initial = sum(group.rank_mask.numel() for group in matrices)
-    budget = round(config.budget * sum(len(group.names) for group in matrices))
-    rule = f"leaves none of the {initial} ranks"
-    require(budget >= 1, "method.budget", config.budget, rule, "raise it")
     if settings.count is None:
         schedule = FixedPruning.over(
             initial=initial,

@@ -1,6 +1,7 @@
 """The order of one training step, written once for every recipe and trainer."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -54,6 +55,8 @@ class TrainingStep:
     `DistributedDataParallel`.
 
     One host read a step: loss, penalty, norm and token count together, after the backward pass.
+    A first pruning while all λ are zero, so that all scores are, is warned of: see
+    docs/concepts/pruning.md.
     """
 
     def __init__(
@@ -117,13 +120,16 @@ class TrainingStep:
         penalty = self._add_penalty()
         assembly.owner.backward()
         norm = self._clip()
-        loss_value, penalty_value, norm_value, token_count, stop_count = torch.stack(
-            [value.double() for value in (loss, penalty, norm, tokens, stops)]
+        largest = self._largest_lam()
+        loss_value, penalty_value, norm_value, token_count, stop_count, lam_value = torch.stack(
+            [value.double() for value in (loss, penalty, norm, tokens, stops, largest)]
         ).tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         allocation = None
         if finite:
             allocation = self._update()
+            if allocation is not None and lam_value == 0:
+                _warn_of_equal_scores(allocation.step)
         else:
             assembly.owner.discard()
         self.report = StepReport(
@@ -173,6 +179,15 @@ class TrainingStep:
         return norm
 
     @torch.no_grad()
+    def _largest_lam(self) -> Tensor:
+        """Return the largest |λ|, of which all scores are multiples, before the first pruning."""
+        stack, allocator = self._assembly.stack, self._assembly.allocator
+        if allocator is None or allocator.history:
+            return torch.ones((), device=stack.values.device)
+        lam = [group.values for group in stack.groups if group.rank_mask is not None]
+        return torch.stack([values.abs().amax() for values in lam]).amax()
+
+    @torch.no_grad()
     def _update(self) -> Allocation | None:
         assembly = self._assembly
         self._optimizer.step()
@@ -189,3 +204,12 @@ class TrainingStep:
         self._optimizer.zero_grad()
         self._assembly.stack.bind_grads_()
         self._assembly.stack.zero_grads_()
+
+
+def _warn_of_equal_scores(step: int) -> None:
+    warnings.warn(
+        f"the first pruning, after step {step}, was by the components' positions alone: nothing "
+        "had been learned by then, so that the importance of all was 0; raise "
+        "method.pruning.interval above the steps whose learning rate is 0, and above 1.",
+        stacklevel=5,
+    )

@@ -127,3 +127,27 @@ def test_the_base_stays_where_it_is_for_shard_to_move(hf: SimpleNamespace) -> No
     assert isinstance(model.classifier, nn.Linear)
     everything = adapt(hf.classifier(), hf.configure("lora"), device="meta").model
     assert {p.device.type for p in everything.parameters()} == {"meta"}
+
+
+def test_a_base_that_was_left_and_not_sharded_is_named(hf: SimpleNamespace) -> None:
+    model = hf.classifier(dtype=torch.float32)
+    model.bert.encoder.to("meta")
+    adapted = adapt(model, hf.configure("lora"), device="cpu", move_base=False)
+    with pytest.raises(UserError) as refused:
+        adapted.model(torch.ones(1, 4, dtype=torch.long))
+    assert str(refused.value) == (
+        "bert.encoder.layer.0.attention.self.query.base.weight is on meta, but the factors are on "
+        "cpu: adapt(..., move_base=False) leaves the base for shard_ to move; call "
+        "shard_(adapted, accelerator) before the first forward pass, or leave move_base out."
+    )
+    assert adapted.method.stack.values.device.type == "cpu"
+
+
+def test_a_base_that_is_in_its_place_is_looked_at_once(hf: SimpleNamespace) -> None:
+    adapted = adapt(
+        hf.classifier(dtype=torch.float32), hf.configure("lora"), device="cpu", move_base=False
+    )
+    moved = adapt(hf.classifier(), hf.configure("lora"), device="cpu")
+    assert len(adapted.model._forward_pre_hooks) == len(moved.model._forward_pre_hooks) + 1
+    adapted.model(torch.ones(1, 4, dtype=torch.long))
+    assert len(adapted.model._forward_pre_hooks) == len(moved.model._forward_pre_hooks)

@@ -83,7 +83,7 @@ def build(
         "hyperadalora",
         init_rank=3,
         hypernetwork=HypernetworkSettings(preset="attention-small"),
-        pruning=PruningSettings(interval=1),
+        pruning=PruningSettings(interval=2),
     )
     return adapt(model, config, dtype=dtype)
 

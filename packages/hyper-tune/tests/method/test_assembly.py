@@ -28,7 +28,7 @@ def adalora(init_rank: int, budget: float, **pruning: Any) -> MethodConfig:
     return MethodConfig("adalora", init_rank=init_rank, budget=budget, pruning=settings)
 
 
-@pytest.mark.filterwarnings("ignore:the pruning schedule leaves")
+@pytest.mark.filterwarnings("ignore:the pruning schedule leaves", "ignore:the first pruning")
 @pytest.mark.parametrize("budget", [1, 4 / 3, 1.5, 2, 3, 4])
 @pytest.mark.parametrize(("interval", "steps"), [(1, 9), (2, 9), (3, 30), (30, 30), (7, 20)])
 @pytest.mark.parametrize("finish_by", [0.1, 0.7, 1.0])
@@ -85,6 +85,12 @@ def test_a_schedule_that_meets_the_budget_does_not_warn() -> None:
         warnings.simplefilter("error")
         assemble(plain_model(), adalora(4, 2, interval=10, count=2), total_steps=31)
         assemble(plain_model(), adalora(4, 2, interval=10), total_steps=11)
+
+
+def test_a_budget_without_ranks_is_refused_before_the_number_of_steps_is_known() -> None:
+    expected = r"^method\.budget is 0\.1, but leaves none of the 12 ranks; raise it\.$"
+    with pytest.raises(UserError, match=expected):
+        assemble(plain_model(), adalora(4, 0.1), total_steps=None)
 
 
 def test_shares_without_others_to_share_with_warn_once() -> None:

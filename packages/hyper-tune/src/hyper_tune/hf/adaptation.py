@@ -1,12 +1,14 @@
 """Puts a method on a model of transformers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from hyper_tune.assembly import assemble
 from hyper_tune.attach import refuse_misuse
+from hyper_tune.errors import UserError
 from hyper_tune.hf.adapted import AdaptedModel
 from hyper_tune.hf.heads import head_names
 from hyper_tune.method import MethodConfig
@@ -33,7 +35,8 @@ def adapt(
     factors.
 
     Raises:
-        UserError: a method or module that the model cannot have.
+        UserError: a method or module that the model cannot have; or, from the first forward pass,
+            a base that ``move_base=False`` left elsewhere and nothing has moved since.
 
     >>> from transformers import BertConfig, BertForSequenceClassification
     >>> size = BertConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
@@ -52,6 +55,29 @@ def adapt(
         model, config, total_steps=None, modules_to_save=heads, device=here, dtype=dtype
     )
     adapted = AdaptedModel(model, method)
+    if not move_base:
+        _check_place(adapted)
     if total_steps is not None:
         adapted.plan_(total_steps)
     return adapted
+
+
+def _check_place(adapted: AdaptedModel) -> None:
+    """Let the first forward pass refuse a base that is not where the factors are."""
+    there = adapted.method.stack.values.device
+
+    def check(module: nn.Module, inputs: object) -> None:
+        del inputs
+        for name, parameter in module.named_parameters():
+            if parameter.device != there:
+                raise UserError(
+                    f"{name} is on {parameter.device}, but the factors are on {there}: "
+                    "adapt(..., move_base=False) leaves the base for shard_ to move; call "
+                    "shard_(adapted, accelerator) before the first forward pass, or leave "
+                    "move_base out."
+                )
+        handle.remove()
+
+    # Before the hook that opens a step.
+    disable: Any = torch.compiler.disable
+    handle = adapted.model.register_forward_pre_hook(disable(check), prepend=True)
