@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BartConfig,
     BloomConfig,
     BloomForCausalLM,
+    CpmAntConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     MambaConfig,
     MptConfig,
     MptForCausalLM,
+    MusicgenConfig,
     PreTrainedConfig,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
@@ -285,6 +289,9 @@ def test_a_model_that_says_no_length_takes_the_tokenizers(
     [
         (BartConfig(), "holds a bart; BartForCausalLM takes no position_ids, without which pro"),
         (MambaConfig(), "holds a mamba; MambaForCausalLM takes no past_key_values, without wh"),
+        (CpmAntConfig(), "holds a cpmant; CpmAntForCausalLM does nothing with its attention_mask,"),
+        # It has two texts, of which the decoder's is asked.
+        (MusicgenConfig(), "holds a musicgen; MusicgenForCausalLM takes no position_ids, without"),
         (T5Config(), "holds a t5, which is no causal language model."),
     ],
 )
@@ -294,6 +301,23 @@ def test_a_model_that_would_misread_padded_prompts_is_refused_before_the_weights
     folder = save_config(tmp_path_factory, config)
     with pytest.raises(UserError, match=f"^{re.escape(f'{folder} {message}')}"):
         FolderModel(folder)
+
+
+def test_a_tokenizer_that_needs_a_package_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_config(tmp_path_factory, LlamaConfig())
+
+    def ask_for_it(*_: Any, **__: Any) -> None:
+        raise ImportError("\nCpmAntTokenizer requires the rjieba library;\nuse pip.\n")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", ask_for_it)
+    with pytest.raises(UserError) as refused:
+        FolderModel(folder)
+    assert str(refused.value) == (
+        f"{folder} has no tokenizer that can be read: CpmAntTokenizer requires the rjieba library; "
+        "use pip."
+    )
 
 
 def test_a_model_that_keeps_nothing_of_what_it_read_is_refused(

@@ -21,6 +21,7 @@ from hyper_tune.hf import adapt
 
 SIZE = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 LENGTH = 6
+COUNTED = ("modern", "causal")  # which use the count of items that they are given
 LONG = torch.randint(2, 30, (4, LENGTH), generator=torch.Generator().manual_seed(0))
 # In rows 2 and 3 fewer words are labelled, so that a mean of means is not the mean of all.
 LABELS = LONG.masked_fill(torch.arange(4)[:, None] + torch.arange(LENGTH) > 5, -100)
@@ -40,6 +41,7 @@ FAMILIES: dict[str, tuple[Any, str, dict[str, Any]]] = {
             "decoder_ffn_dim": 24,
         },
     ),
+    "modern": (AutoModelForMaskedLM, "modernbert", {"num_attention_heads": 2}),
     "causal": (AutoModelForCausalLM, "qwen3", {"num_attention_heads": 2, "head_dim": 8}),
 }
 
@@ -61,9 +63,18 @@ def logits_of(model: Any, batch: slice) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def mean_of_all(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """What Trainer is given as ``compute_loss_func`` for a mean over all words of a step."""
+    logits = outputs.logits
+    summed = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    return summed / num_items_in_batch
+
+
+@pytest.mark.parametrize(
+    ("family", "loss"), [*((family, None) for family in FAMILIES), ("masked", mean_of_all)]
+)
 def test_loss_is_the_mean_of_its_micro_batches(
-    hf: SimpleNamespace, tmp_path: Path, family: str
+    hf: SimpleNamespace, tmp_path: Path, family: str, loss: Any
 ) -> None:
     model = model_of(family).train()
     adapted = adapt(model, hf.configure("lora"), modules_to_save=[], dtype=torch.float64)
@@ -86,7 +97,8 @@ def test_loss_is_the_mean_of_its_micro_batches(
         train_dataset=[{"input_ids": x, "labels": y} for x, y in zip(LONG, LABELS, strict=True)],
         callbacks=[adapted.callback()],
         optimizers=adapted.optimizers(lr=0.0),
+        compute_loss_func=loss,
     )
     trainer.train()
-    expected = over_all if family == "causal" else of_means
+    expected = over_all if family in COUNTED or loss else of_means
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-6)

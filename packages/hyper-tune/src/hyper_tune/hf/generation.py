@@ -1,5 +1,6 @@
 """Text from a causal language model of `transformers`, with its key-value cache."""
 
+import dis
 import hashlib
 import inspect
 import json
@@ -42,7 +43,7 @@ class FolderModel:
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError) as error:  # some need a package
             reason = " ".join(str(error).split())
             raise UserError(f"{folder} has no tokenizer that can be read: {reason}") from error
         _refuse_unbatched(folder, config)
@@ -117,7 +118,7 @@ _LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")
 
 def _max_length(folder: Path, config: Any, tokenizer: Any) -> int:
     """Return how many tokens the model reads: its own limit, or the tokenizer's."""
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     said = [getattr(text, name, None) for name in _LENGTHS]
     # A tokenizer without a limit says 10 ** 30.
     said.append(tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None)
@@ -137,14 +138,23 @@ def _refuse_unbatched(folder: Path, config: Any) -> None:
         raise UserError(f"{folder} holds a {config.model_type}, which is no causal language model.")
     model = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
     # Only a table of positions has to be told where a row begins.
-    placed = hasattr(config.get_text_config(), "max_position_embeddings")
+    placed = hasattr(config.get_text_config(decoder=True), "max_position_embeddings")
     asked = ("past_key_values", "attention_mask", *(("position_ids",) if placed else ()))
+    taken, read = inspect.signature(model.forward).parameters, _variables_read(model.forward)
     for name in asked:
-        if name not in inspect.signature(model.forward).parameters:
+        if name not in read or name not in taken:
+            does = "does nothing with its" if name in taken else "takes no"
             raise UserError(
-                f"{folder} holds a {config.model_type}; {model.__name__} takes no {name}, without "
+                f"{folder} holds a {config.model_type}; {model.__name__} {does} {name}, without "
                 "which prompts of a batch are not read each as if alone, so that it is not asked."
             )
+
+
+def _variables_read(function: Any) -> set[str]:
+    """Return the variables that a function's code reads; some models take a mask and never do."""
+    code = dis.get_instructions(inspect.unwrap(function))
+    read = [s.argval for s in code if s.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))]
+    return {name for names in read for name in (names if isinstance(names, tuple) else (names,))}
 
 
 def _identity(folder: Path) -> str:
