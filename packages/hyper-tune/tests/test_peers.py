@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hyper_tune import MethodConfig, assemble
+from hyper_tune import MethodConfig, assemble, peers
+from hyper_tune.errors import UserError
 from hyper_tune.peers import Peers
 from hyper_tune.stop_request import StopRequest
 
@@ -53,6 +54,20 @@ def test_other_errors_are_left_alone(error: BaseException) -> None:
 def test_errors_of_the_rendezvous_are_of_a_collective() -> None:
     error = dist.DistNetworkError("The client socket has timed out")
     assert str(Peers().explain(error, "at the start")).startswith("at the start: the other proc")
+
+
+def test_a_store_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    def hang() -> None:
+        assert answered.wait(60)
+        raise RuntimeError("nobody is there")
+
+    monkeypatch.setattr(peers, "_get_default_store", hang)
+    some = Peers(((HERE, os.getpid()), (HERE ^ 1, 1)))
+    some.tell(UserError("no row"))
+    assert str(some.explain(CLOSED, "after step 5 of 12")).startswith(START)
+    answered.set()
 
 
 def test_without_a_group_there_are_no_peers() -> None:

@@ -4,16 +4,23 @@ import os
 import socket
 import time
 import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
-from hyper_tune.errors import PeerLostError
+from hyper_tune.errors import PeerLostError, UserError
 from hyper_tune.parallel import world_size
 
+T = TypeVar("T")
 _PATIENCE_SECONDS = 1.0
+_MISTAKE = "hyper-tune/mistake"
 _LOST = ("gloo", "Connection reset by peer", "Connection closed by peer", "Broken pipe")
 
 
@@ -36,13 +43,30 @@ class Peers:
         dist.all_gather(everywhere, here)
         return cls(tuple((host, process) for host, process in torch.stack(everywhere).tolist()))
 
-    def explain(self, error: BaseException, where: str) -> PeerLostError | None:
+    def tell(self, mistake: Exception) -> None:
+        """Leave the text of an error that ends this process to those that wait for it.
+
+        It is in the job's store, so that no step exchanges anything for it. Where that is not the
+        launcher's, as torchrun's is, but rank 0's, it ends with rank 0.
+        """
+
+        def leave(store: Store) -> str:
+            store.set(_MISTAKE, str(mistake))
+            return _left(store)
+
+        if self.places:
+            _asked_of_the_store(leave)
+
+    def explain(self, error: BaseException, where: str) -> PeerLostError | UserError | None:
         """Return what to say where ``error`` is that of a collective that cannot end; else None.
 
-        A process that has just died is given a second to disappear.
+        It is the error that another process was told to leave by `tell`, if there is one. A process
+        that has just died is given a second to disappear.
         """
         if not _is_of_a_collective(error):
             return None
+        if self.places and (mistake := _asked_of_the_store(_left)):
+            return UserError(mistake)
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not (fates := self._fates()) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -64,6 +88,25 @@ class Peers:
             for number, ((_, process), state) in enumerate(zip(self.places, states, strict=True))
             if state in words
         ]
+
+
+def _asked_of_the_store(ask: Callable[[Store], T]) -> T | None:
+    """Return what the job's store answers within a second; its process may have ended, or hang."""
+    answers: list[T] = []
+
+    def asked() -> None:
+        with suppress(RuntimeError, ValueError):
+            answers.append(ask(_get_default_store()))
+
+    thread = Thread(target=asked, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE_SECONDS)
+    return answers[0] if answers else None
+
+
+def _left(store: Store) -> str:
+    """Return what was left in the store, or nothing; what was set before is there by then."""
+    return str(store.get(_MISTAKE).decode()) if store.check([_MISTAKE]) else ""
 
 
 def _is_of_a_collective(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hyper_tune import checkpoint
+from hyper_tune.errors import UserError
 from hyper_tune.metrics import Metrics
 from hyper_tune.torchtune import recipe
 from hyper_tune.torchtune.data import FileDataset
@@ -46,6 +47,8 @@ def strike(fault: dict[str, Any]) -> None:
     elif fault["kind"] in errno.errorcode.values():
         number = getattr(errno, fault["kind"])
         raise OSError(number, os.strerror(number))
+    elif fault["kind"] == "mistake":
+        raise UserError(f"the stream broke off at step {fault['step']}.")
     elif fault["kind"] == "poison":
         RUNS[-1].before["poison"] = object()
     elif fault["kind"] == "flip":
@@ -114,6 +117,7 @@ def install(fault: dict[str, Any]) -> None:
         "allocation": (RankAllocator, "_allocate"),
         "collect": (recipe, "state_of"),
         "write": (checkpoint, "commit"),
+        "draw": (StreamedDataset, "sample"),
         "row": (Metrics, "append"),
         "restore": (recipe, "restore_"),
         "step": (FineTuning, "_train_step"),

@@ -12,7 +12,7 @@ from torchtune import training
 from hyper_tune import parallel
 from hyper_tune.assembly import assemble
 from hyper_tune.checkpoint import has_checkpoints, read_newest, write_checkpoint
-from hyper_tune.errors import StoppedError, UserError
+from hyper_tune.errors import PERSONS_MISTAKES, StoppedError, UserError
 from hyper_tune.peers import Peers
 from hyper_tune.rank_agreement import refuse_disagreement, replicated_tensors
 from hyper_tune.run_folder import RunFolder
@@ -125,10 +125,12 @@ class FineTuning:
             self._explain(error)
 
     def _explain(self, error: BaseException) -> None:
-        """Say of a collective that cannot end which process is missing."""
+        """Say of a collective that cannot end which process is missing, or why it has ended."""
         lost = self._peers.explain(error, f"after step {self.step} of {self.total_steps}")
         if lost is not None:
             raise lost from error
+        if isinstance(error, PERSONS_MISTAKES):
+            self._peers.tell(error)
 
     @property
     def _global_batch(self) -> int:
