@@ -53,12 +53,7 @@ def export(
 ) -> None:
     """Write a run's checkpoint as a LoRA adapter or a merged model, with a model card."""
     merged = format_ is Format.MERGED
-    if output.exists():
-        raise UserError(f"{output} exists; give a folder that does not.")
-    if dtype is not None and not merged:
-        raise UserError(f"--dtype {dtype} is for --format merged; an adapter is float32.")
-    if compact and merged:
-        raise UserError("--compact is for --format peft; a merged model has no ranks.")
+    _refuse_misuse(output, merged=merged, dtype=dtype, compact=compact)
     record = RunRecord.read(run)
     from hyper_tune.torchtune import exports
     from hyper_tune.torchtune.trained import open_trained
@@ -79,6 +74,16 @@ def export(
         )
         write_text(output / CARD, card)
     typer.echo(f"{output}: {format_}, of step {trained.step}")
+
+
+def _refuse_misuse(output: Path, *, merged: bool, dtype: Dtype | None, compact: bool) -> None:
+    """Refuse options of the other format, and a folder that is there, before anything is read."""
+    if output.exists():
+        raise UserError(f"{output} exists; give a folder that does not.")
+    if dtype is not None and not merged:
+        raise UserError(f"--dtype {dtype} is for --format merged; an adapter is float32.")
+    if compact and merged:
+        raise UserError("--compact is for --format peft; a merged model has no ranks.")
 
 
 def _ranks(trained: "TrainedRun", rank: int | None) -> dict[str, int]:

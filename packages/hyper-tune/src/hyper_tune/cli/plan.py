@@ -1,15 +1,19 @@
 """`hyper-tune plan`: what a run will take, before a GPU is asked for."""
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hyper_tune.checks import require_choice
 from hyper_tune.cli.table import print_table
+from hyper_tune.layout import BaseLayout
 from hyper_tune.method import METHODS
 from hyper_tune.packaged import read_configuration
 from hyper_tune.plan import USABLE, Rehearsal, gpu_bytes
+
+if TYPE_CHECKING:
+    from hyper_tune.torchtune.settings import RecipeSettings
 
 DOES_NOT_FIT = 1
 
@@ -48,20 +52,27 @@ def plan(
     layout = base_layout(settings, nproc)
     tokens = length or longest_sample(settings)
     rehearsal = rehearse(settings, tokens)
-    memory = rehearsal.memory(layout)
+    _print_plan(rehearsal, settings, layout, tokens)
+    if gpu is not None and not _fits(sum(rehearsal.memory(layout).values()), gpu):
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _print_plan(
+    rehearsal: Rehearsal, settings: "RecipeSettings", layout: BaseLayout, tokens: int
+) -> None:
+    gpus = layout.shard * layout.replicate
     _print_parameters(rehearsal)
-    peak = "peak on 1 GPU" if nproc == 1 else f"peak on each of {nproc} GPUs"
-    _print_bytes(f"memory per GPU, {settings.batch_size} x {tokens} tokens", memory, peak)
+    peak = "peak on 1 GPU" if gpus == 1 else f"peak on each of {gpus} GPUs"
+    title = f"memory per GPU, {settings.batch_size} x {tokens} tokens"
+    _print_bytes(title, rehearsal.memory(layout), peak)
     host = {"largest weight, while loading": rehearsal.largest_weight()}
     if settings.fsdp_cpu_offload:
         host["base weights"] = rehearsal.shards(layout)
     _print_bytes("memory of the host, per process", host, "at most")
-    if nproc > 1:
+    if gpus > 1:
         steps = settings.gradient_accumulation_steps
         received = rehearsal.communication(layout, steps)
         _print_bytes(f"received per GPU and step of {steps} micro-batches", received, "in all")
-    if gpu is not None and not _fits(sum(memory.values()), gpu):
-        raise typer.Exit(DOES_NOT_FIT)
 
 
 def _fits(needed: int, gpu: str) -> bool:
