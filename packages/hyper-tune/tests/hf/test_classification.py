@@ -11,7 +11,7 @@ import pytest
 from hyper_tune import UserError
 from hyper_tune.hf.classification import ClassificationData, load_classification
 from hyper_tune.hf.encoding import decode
-from hyper_tune.hf.glue import GLUE
+from hyper_tune.hf.glue import GLUE, REGRESSION
 
 TSV = 'index\tsentence1\tsentence2\tlabel\n0\tIt "rains.\tIt is wet.\tyes\n1\tOne.\tTwo.\tno\n'
 
@@ -64,6 +64,15 @@ def test_numbers_with_a_point_may_be_names_of_classes(tmp_path: Path) -> None:
     whole = tsv(tmp_path, TSV.replace("no\n", "0.0\n").replace("yes\n", "1.0\n"))
     found, _ = load_classification(pairs(whole))
     assert (found.names, found.labels) == (("0.0", "1.0"), [1, 0])
+
+
+def test_numbers_of_a_regression_stand_for_themselves(tmp_path: Path) -> None:
+    path = tsv(tmp_path, TSV.replace("no\n", "-0.25\n").replace("yes\n", "4\n"))
+    found, held_out = load_classification(pairs(path, regression=True))
+    assert (found.names, found.labels) == ((), [4.0, -0.25])
+    assert held_out == found
+    same = tsv(tmp_path, TSV.replace("no\n", "1\n").replace("yes\n", "1\n"))
+    assert load_classification(pairs(same, regression=True))[0].labels == [1.0, 1.0]
 
 
 def test_folder_has_a_file_for_each_label_and_a_split_of_its_own(tmp_path: Path) -> None:
@@ -122,8 +131,19 @@ MISTAKES = {
     "regression": (
         TSV.replace("no\n", "3.8\n"),
         {},
-        "train.tsv:3: the label is 3.8, a number that counts no classes; regression is not trained "
-        "here; if it is the name of a class, name all of them in data.labels.",
+        "train.tsv:3: the label is 3.8, a number that counts no classes; set data.regression=True, "
+        "or, if it is the name of a class, name all in data.labels.",
+    ),
+    "no number": (
+        TSV.replace("yes\n", "3.8\n"),
+        {"regression": True},
+        "train.tsv:3: the label is 'no', but data.regression needs a number; correct the row or "
+        "data.label, or leave data.regression out.",
+    ),
+    "no finite number": (
+        TSV.replace("yes\n", "inf\n"),
+        {"regression": True},
+        "train.tsv:2: the label is 'inf', but data.regression needs a number",
     ),
     "few rows": (
         TSV,
@@ -204,13 +224,10 @@ def test_settings_that_cannot_be_are_refused() -> None:
         ({}, "data needs either glue, a task of GLUE, or train, a file; give one."),
         ({"glue": "rte", "train": "x"}, "data needs either glue"),
         ({"glue": "rt"}, "did you mean 'rte'?"),
-        (
-            {"glue": "stsb"},
-            "data.glue is 'stsb', but its labels are similarities from 0 to 5, which is "
-            "regression; only classification is trained here: cola, mnli, mrpc, qnli, qqp, rte, ",
-        ),
-        ({"glue": "STS-B"}, "data.glue is 'STS-B', but its labels are similarities"),
-        ({"glue": "ax"}, "data.glue is 'ax', but it has no labels, and no rows to train on; "),
+        ({"glue": "sts-b"}, "did you mean 'stsb'?"),
+        ({"glue": "ax"}, "data.glue is 'ax', but it has no labels, and no rows to train on; choo"),
+        ({"glue": "stsb", "labels": ["0", "5"]}, "names classes, of which a regression has none"),
+        ({"train": "x", "text": "a", "regression": "yes"}, "data.regression is 'yes', but must be"),
         ({"train": "x.tsv"}, "data.text is [], but must be one or two columns; name them."),
         ({"train": "x.tsv", "text": ["a", "b", "c"]}, "must be one or two columns"),
         ({"train": "x.tsv", "text": "a", "labels": ["a", 1, "1"]}, "must be names that differ"),
@@ -225,14 +242,16 @@ def test_settings_that_cannot_be_are_refused() -> None:
 def test_glue_is_read_from_the_hub(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["yes", "no"]  # GLUE's own order, not the alphabet's: F1 is of the second
     features = {column: datasets.Value("string") for column in GLUE[task]}
-    features["label"] = datasets.ClassLabel(names=names)
+    measured = task in REGRESSION
+    features["label"] = datasets.Value("float32") if measured else datasets.ClassLabel(names=names)
 
     def rows(first: str) -> datasets.Dataset:
         columns: dict[str, Any] = {c: [f"{first} {c}", "x"] for c in GLUE[task]}
-        columns["label"] = [1, 0]
+        columns["label"] = [4.5, 0] if measured else [1, 0]
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
-    held_out = "validation_matched" if task == "mnli" else "validation"
+    endings = {"mnli": "_matched", "mnli_mismatched": "_mismatched"}
+    held_out = f"validation{endings.get(task, '')}"
     splits = {"train": rows("a"), held_out: rows("b"), "test": None}
     asked: list[Any] = []
 
@@ -242,9 +261,12 @@ def test_glue_is_read_from_the_hub(task: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     train, validation = load_classification(ClassificationData(glue=task))
-    assert asked == [("nyu-mll/glue", task)]
+    assert asked == [("nyu-mll/glue", "mnli" if task in endings else task)]
     assert train.texts[0] == tuple(f"a {column}" for column in GLUE[task])
     assert validation.texts[0] == tuple(f"b {column}" for column in GLUE[task])
+    if measured:
+        assert (train.names, train.labels, validation.labels) == ((), [4.5, 0.0], [4.5, 0.0])
+        return
     assert (train.names, train.labels) == (("yes", "no"), [1, 0])
     chosen, _ = load_classification(ClassificationData(glue=task, labels=["no", "yes"]))
     assert (chosen.names, chosen.labels) == (("no", "yes"), [0, 1])

@@ -18,7 +18,7 @@ from transformers import BertTokenizerFast as BertTokenizer
 from hyper_tune import UserError
 from hyper_tune.hf.encoder import fine_tune_encoder
 from hyper_tune.hf.encoder_settings import EncoderSettings
-from hyper_tune.hf.scores import accuracy, check_scores, f1, matthews
+from hyper_tune.hf.scores import accuracy, check_scores, f1, matthews, pearson, spearman
 from hyper_tune.run_record import RunRecord
 from lowrank_adapters import import_peft_
 
@@ -115,6 +115,37 @@ def test_run_learns_and_its_folder_explains_it(tmp_path: Path, model: Path, data
     assert logits.argmax(dim=-1).tolist() == [0, 1]  # entailment, not_entailment
 
 
+def test_a_regression_learns_numbers(tmp_path: Path, model: Path) -> None:
+    numbers = {"red": 1.0, "blue": -1.0}
+    rows = [(f"{color} {word}", numbers[color]) for color in numbers for word in WORDS[2:]] * 4
+    lines = [json.dumps({"text": text, "score": number}) for text, number in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    path = str(tmp_path / "rows.jsonl")
+    where = {"train": path, "validation": path, "text": ["text", "text"], "label": "score"}
+    options: dict[str, Any] = {"data": {**where, "regression": True}, "head_lr": 3e-3}
+    options |= {"max_steps": 100, "metrics": ["pearson", "spearman"]}
+    never = {"evaluate_every_n_steps": 0, "save_every_n_steps": 0}
+    summary = fine_tune_encoder(settings(tmp_path / "run", model, tmp_path, **options, **never))
+    assert summary["after"]["loss"] < summary["before"]["loss"] / 2
+    assert summary["after"]["pearson"] > 0.9 > 0.6 > summary["before"]["pearson"]
+    assert summary["head_parameters"] == 16 + 1
+    torch.manual_seed(0)  # as the run's: chance makes the pooler, which the base has not
+    fresh = AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=1, dtype=torch.float32
+    )
+    import_peft_(fresh, tmp_path / "run" / "adapter")
+    tokenizer = BertTokenizer.from_pretrained(model)
+    with torch.no_grad():
+        texts = [text for text, _ in rows]
+        asked = tokenizer(texts, texts, padding=True, return_tensors="pt")
+        found = fresh(**asked)["logits"].squeeze(-1)
+    scores = torch.tensor([number for _, number in rows])
+    after = float((found - scores).square().mean())
+    assert after == pytest.approx(summary["after"]["loss"], rel=1e-4)
+    assert pearson(found, scores) == pytest.approx(summary["after"]["pearson"], rel=1e-5)
+    assert spearman(found, scores) == pytest.approx(summary["after"]["spearman"], rel=1e-5)
+
+
 def test_run_goes_on_where_it_was_killed(tmp_path: Path, model: Path, data: Path) -> None:
     options = {"save_every_n_steps": 3, "evaluate_every_n_steps": 0, "max_steps": 9}
     whole = tmp_path / "whole"
@@ -162,6 +193,14 @@ REFUSED = {
     "unknown data": ({"data": {"path": "x"}}, "data has no key 'path'"),
     "no section": ({"data": "rte"}, "configuration: data must be a section of keys."),
     "metric": ({"metrics": ["bleu"]}, "metrics is 'bleu', but must be one of accuracy, f1, matth"),
+    "metric of another task": (
+        {"metrics": ["pearson"]},
+        "metrics has 'pearson', which is for numbers, but the data has the labels entailment, not",
+    ),
+    "smoothing": (
+        {"data": {"glue": "stsb"}, "label_smoothing": 0.1},
+        "label_smoothing is 0.1, which is for classes, but data is a regression; set it to 0.",
+    ),
     "number": ({"batch_size": 0}, "batch_size is 0, but must be a whole number at least 1"),
     "method": ({"method": {"name": "adalore"}}, "did you mean 'adalora'?"),
     "best": (
@@ -198,6 +237,50 @@ def test_mistake_is_named_before_a_model_loads(
 def test_score_of_two_labels_is_not_for_three() -> None:
     with pytest.raises(UserError, match=r"metrics has 'f1', which is for two labels, but the data"):
         check_scores(["accuracy", "f1"], ["a", "b", "c"])
+
+
+def test_scores_of_classes_and_of_numbers_are_told_apart() -> None:
+    with pytest.raises(UserError) as refused:
+        check_scores(["pearson"], ["a", "b"])
+    assert str(refused.value) == (
+        "metrics has 'pearson', which is for numbers, but the data has the labels a, b; ask for "
+        "accuracy."
+    )
+    with pytest.raises(UserError) as refused:
+        check_scores(["spearman", "accuracy"], ())
+    assert str(refused.value) == (
+        "metrics has 'accuracy', which is for classes, but the data has numbers; ask for pearson "
+        "or spearman."
+    )
+
+
+def literal_correlation(first: list[float], second: list[float]) -> float:
+    count = len(first)
+    mean, other = sum(first) / count, sum(second) / count
+    both = sum((a - mean) * (b - other) for a, b in zip(first, second, strict=True))
+    squares = sum((a - mean) ** 2 for a in first) * sum((b - other) ** 2 for b in second)
+    return float(both / squares**0.5) if squares else 0.0
+
+
+def literal_ranks(values: list[float]) -> list[float]:
+    below = [sum(other < value for other in values) for value in values]
+    equal = [sum(other == value for other in values) for value in values]
+    return [less + (same + 1) / 2 for less, same in zip(below, equal, strict=True)]
+
+
+def test_correlations_are_those_of_their_twins() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 7, 40):
+        exact = torch.randn(2, size, generator=generator, dtype=torch.float64)
+        for guess, truth in (
+            exact,
+            exact.round(decimals=0),
+            (exact[0], exact[0].new_full((size,), 0.1)),
+        ):
+            lists = guess.tolist(), truth.tolist()
+            assert pearson(guess, truth) == pytest.approx(literal_correlation(*lists), abs=1e-9)
+            ranks = map(literal_ranks, lists)
+            assert spearman(guess, truth) == pytest.approx(literal_correlation(*ranks), abs=1e-9)
 
 
 def test_scores_equal_counting_one_by_one() -> None:

@@ -1,4 +1,4 @@
-"""Classification sets: GLUE, files of TSV, CSV, JSON lines or Parquet, folders with a file a label.
+"""Texts with labels: GLUE, files of TSV, CSV, JSON lines or Parquet, folders with a file a label.
 
 Everything is read and checked before a model loads; a mistake is named with its file and line.
 """
@@ -7,6 +7,7 @@ import codecs
 import csv
 import io
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from hyper_tune.checks import require, require_number
 from hyper_tune.errors import UserError
 from hyper_tune.hf.encoding import decode
-from hyper_tune.hf.glue import GLUE, check_glue, load_glue
+from hyper_tune.hf.glue import GLUE, REGRESSION, check_glue, load_glue
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,24 @@ class Row:
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts and the numbers of their labels; ``names`` says what a number stands for."""
+    """Texts and the numbers of their labels; ``names`` says what a number stands for. Without
+    names it stands for itself, which is regression.
+    """
 
     texts: list[tuple[str, ...]]
-    labels: list[int]
+    labels: list[int] | list[float]
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationData:
-    """Where the rows of a classification set are, and what is what in them.
+    """Where the rows of a set are, and what is what in them.
 
     ``glue``: a task of GLUE, from the hub; then nothing else is given. ``train``, ``validation``: a
     file (.tsv, .csv, .jsonl, .parquet), or a folder that has one file of lines for each label,
     named by it. ``text``: one or two columns. ``label``: the column of labels. ``labels``: their
     names in the order of their numbers; None takes GLUE's, or those of the training rows, sorted.
+    ``regression``: labels are numbers that measure something, as STS-B's, which has it so.
     ``encoding``: of text files. ``validation_fraction``: where ``validation`` is None, the share of
     the training rows that is held out, chosen by ``split_seed`` alone.
 
@@ -62,6 +66,7 @@ class ClassificationData:
     text: Sequence[str] = ()
     label: str = "label"
     labels: Sequence[str] | None = None
+    regression: bool = False
     encoding: str = "utf-8"
     validation_fraction: float = 0.1
     split_seed: int = 0
@@ -72,11 +77,16 @@ class ClassificationData:
         if self.glue is not None:
             check_glue(self.glue)
             object.__setattr__(self, "text", GLUE[self.glue])
+            object.__setattr__(self, "regression", self.regression or self.glue in REGRESSION)
         elif isinstance(self.text, str):
             object.__setattr__(self, "text", (self.text,))
         if self.glue is not None or Path(self.train or "").suffix in _READERS:
             fits = len(self.text) in (1, 2)
             require(fits, "data.text", list(self.text), "must be one or two columns", "name them")
+        flag = isinstance(self.regression, bool)
+        require(flag, "data.regression", self.regression, "must be True or False", "set one")
+        if self.regression and self.labels:
+            raise UserError("data.labels names classes, of which a regression has none; drop it.")
         names = [str(name) for name in self.labels or ()]
         rule = "must be names that differ"
         require(len(set(names)) == len(names), "data.labels", names, rule, "correct them")
@@ -95,7 +105,7 @@ def load_classification(data: ClassificationData) -> tuple[LabelledTexts, Labell
         UserError: a file, column, text or label that cannot be used, with file and line.
     """
     if data.glue is not None:
-        *parts, names = load_glue(data.glue)
+        *parts, found = load_glue(data.glue)
         train, held_out = ([Row(*row) for row in part] for part in parts)
     else:
         assert data.train is not None
@@ -104,21 +114,38 @@ def load_classification(data: ClassificationData) -> tuple[LabelledTexts, Labell
             train, held_out = _split(train, data)
         else:
             held_out = _read(Path(data.validation), data)
-        found = set() if data.labels else {_class(row) for row in train}
-        names = tuple(sorted(found, key=_place))
-    names = tuple(data.labels or names)
+        found = ()
+    if data.regression:
+        return _measured(train), _measured(held_out)
+    names = data.labels or found or sorted({_class(row) for row in train}, key=_place)
     return _numbered(train, names), _numbered(held_out, names)
 
 
 _MEASURED = re.compile(r"[-+]?\d*\.\d+")
 
 
+def _measured(rows: list[Row]) -> LabelledTexts:
+    numbers = []
+    for row in rows:
+        try:
+            number = float(row.label)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(
+                f"{row.where}: the label is {row.label!r}, but data.regression needs a number; "
+                "correct the row or data.label, or leave data.regression out."
+            )
+        numbers.append(number)
+    return LabelledTexts([row.texts for row in rows], numbers, ())
+
+
 def _class(row: Row) -> str:
     """Return the label, unless it measures something, as STS-B's similarities do."""
     if _MEASURED.fullmatch(row.label) and not float(row.label).is_integer():
         raise UserError(
-            f"{row.where}: the label is {row.label}, a number that counts no classes; regression "
-            "is not trained here; if it is the name of a class, name all of them in data.labels."
+            f"{row.where}: the label is {row.label}, a number that counts no classes; set "
+            "data.regression=True, or, if it is the name of a class, name all in data.labels."
         )
     return row.label
 
@@ -128,7 +155,7 @@ def _place(label: str) -> tuple[float, str]:
     return (float(label) if label.removeprefix("-").isdecimal() else float("inf"), label)
 
 
-def _numbered(rows: list[Row], names: tuple[str, ...]) -> LabelledTexts:
+def _numbered(rows: list[Row], names: Sequence[str]) -> LabelledTexts:
     if len(names) < 2:
         raise UserError(
             f"data has the one label {names[0]!r}, in {rows[0].where} and all other rows; a "

@@ -1,4 +1,4 @@
-"""One run of an encoder on a classification set, from its settings to the exported adapter."""
+"""One run of an encoder on texts with labels, from its settings to the exported adapter."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,12 +113,15 @@ def _tokenizer(settings: EncoderSettings) -> Any:
 
 
 def _model(name: str, labels: tuple[str, ...]) -> Any:
+    classes = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
     with _from_hub(name):
         return AutoModelForSequenceClassification.from_pretrained(
             name,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
+            **(classes if labels else {"num_labels": 1, "problem_type": "regression"}),
             dtype=torch.float32,
             use_safetensors=True,
         )
@@ -191,7 +194,7 @@ def _trainer(
         data_collator=DataCollatorWithPadding(tokenizer),
         train_dataset=_Encoded(train, tokenizer, settings.max_length),
         eval_dataset=_Encoded(held_out, tokenizer, settings.max_length),
-        compute_metrics=_scorer(settings.metrics),
+        compute_metrics=_scorer(settings.metrics, regression=not train.names),
         callbacks=[adapted.callback(), *stopping],
         optimizers=adapted.optimizers(
             lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay
@@ -199,9 +202,10 @@ def _trainer(
     )
 
 
-def _scorer(names: Any) -> Callable[[Any], dict[str, float]]:
+def _scorer(names: Any, *, regression: bool) -> Callable[[Any], dict[str, float]]:
     def scores(predictions: Any) -> dict[str, float]:
-        predicted = torch.as_tensor(predictions.predictions).argmax(dim=-1)
+        given = torch.as_tensor(predictions.predictions)
+        predicted = given.squeeze(dim=-1) if regression else given.argmax(dim=-1)
         labels = torch.as_tensor(predictions.label_ids)
         return {name: SCORES[name](predicted, labels) for name in names}
 

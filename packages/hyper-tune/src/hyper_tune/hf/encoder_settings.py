@@ -1,4 +1,4 @@
-"""What one run of an encoder on a classification set does: every key known, every value checked."""
+"""What one run of an encoder does: every key known, every value checked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -85,6 +85,12 @@ class EncoderSettings:
             raise UserError(
                 "evaluate_every_n_steps is 0, so that there is no best checkpoint; set it, or "
                 "leave keep_best and early_stopping_patience out."
+            )
+
+        if self.data.regression and self.label_smoothing:
+            raise UserError(
+                f"label_smoothing is {self.label_smoothing}, which is for classes, but data is a "
+                "regression; set it to 0."
             )
 
     def _check_numbers(self) -> None:

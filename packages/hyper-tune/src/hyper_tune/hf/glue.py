@@ -1,4 +1,4 @@
-"""The classification tasks of GLUE, from the hub."""
+"""The tasks of GLUE, from the hub."""
 
 from collections.abc import Mapping
 
@@ -8,16 +8,20 @@ from hyper_tune.errors import UserError
 GLUE: Mapping[str, tuple[str, ...]] = {
     "cola": ("sentence",),
     "mnli": ("premise", "hypothesis"),
+    "mnli_mismatched": ("premise", "hypothesis"),
     "mrpc": ("sentence1", "sentence2"),
     "qnli": ("question", "sentence"),
     "qqp": ("question1", "question2"),
     "rte": ("sentence1", "sentence2"),
     "sst2": ("sentence",),
+    "stsb": ("sentence1", "sentence2"),
     "wnli": ("sentence1", "sentence2"),
 }
-_OTHER = {
-    "stsb": "its labels are similarities from 0 to 5, which is regression",
-    "ax": "it has no labels, and no rows to train on",
+REGRESSION = ("stsb",)  # similarities from 0 to 5
+# Where it is not the split "validation" of the task's own rows.
+_HELD_OUT = {
+    "mnli": ("mnli", "validation_matched"),
+    "mnli_mismatched": ("mnli", "validation_mismatched"),
 }
 REPOSITORY = "nyu-mll/glue"
 
@@ -25,17 +29,16 @@ Texts = tuple[tuple[str, ...], str, str]
 
 
 def check_glue(task: str) -> None:
-    """Refuse what is no classification task of GLUE.
+    """Refuse what is no task of GLUE that can be trained.
 
     Raises:
-        UserError: an unknown name, or a task of another kind.
+        UserError: an unknown name, or the set that has no labels.
 
     >>> check_glue("rte")
     """
-    name = str(task).lower().replace("-", "")
-    if name in _OTHER:
+    if task == "ax":
         raise UserError(
-            f"data.glue is {task!r}, but {_OTHER[name]}; only classification is trained here: "
+            "data.glue is 'ax', but it has no labels, and no rows to train on; choose of "
             f"{', '.join(GLUE)}."
         )
     require_choice("data.glue", task, GLUE)
@@ -43,33 +46,34 @@ def check_glue(task: str) -> None:
 
 def load_glue(task: str) -> tuple[list[Texts], list[Texts], tuple[str, ...]]:
     """Return texts, label and place of each row of a task's train and validation splits, and the
-    names of the labels in GLUE's order, in which 1 is what F1 counts.
+    names of the labels in GLUE's order, in which 1 is what F1 counts; none of a regression's.
 
     Raises:
         UserError: the hub cannot be reached; what to download and where to put it.
     """
     from datasets import load_dataset
 
+    place, held_out = _HELD_OUT.get(task, (task, "validation"))
     try:
-        splits = load_dataset(REPOSITORY, task)
+        splits = load_dataset(REPOSITORY, place)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"data.glue={task}: the hub's {REPOSITORY} cannot be reached ({reason}). Where there "
-            f"is a network, run `hf download {REPOSITORY} --repo-type dataset --include '{task}/*'"
+            f"is a network, run `hf download {REPOSITORY} --repo-type dataset --include '{place}/*'"
             " --local-dir glue`; then leave data.glue out, and set data.train and data.validation "
-            f"to the files in glue/{task}/."
+            f"to the files in glue/{place}/."
         ) from error
-    held_out = "validation_matched" if task == "mnli" else "validation"
+    label = splits["train"].features["label"]
     train, validation = (
         [
             (
                 tuple(row[column] for column in GLUE[task]),
-                splits[split].features["label"].int2str(row["label"]),
+                str(row["label"]) if task in REGRESSION else label.int2str(row["label"]),
                 f"GLUE {task}, {split}, row {number}",
             )
             for number, row in enumerate(splits[split], 1)
         ]
         for split in ("train", held_out)
     )
-    return train, validation, tuple(splits["train"].features["label"].names)
+    return train, validation, () if task in REGRESSION else tuple(label.names)
