@@ -1,4 +1,4 @@
-"""Two processes train as one: by Trainer and by accelerate, in DDP and with the base in shards."""
+"""Two or four processes train as one: by Trainer and by accelerate, in DDP and in shards."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 WORKER = Path(__file__).parent / "trained_ranks.py"
-LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone"]
 EXACT = [
     *("by hand, sharded", "accelerate, DDP", "accelerate, sharded"),
     *("Trainer, DDP", "Trainer, evaluated first", "Trainer, sharded", "Trainer, sharded, best"),
@@ -25,13 +25,19 @@ ROUNDED = "Trainer, sharded, bf16"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process and two have written."""
+    """What one process, two, and four with two copies of the base have written."""
     folder = tmp_path_factory.mktemp("trained")
     worker: dict[str, Any] = runpy.run_path(str(WORKER))
     assert [*EXACT, ROUNDED] == list(worker["KINDS"])
     worker["main"](folder)
+    launch(2, str(folder))
+    launch(4, str(folder), "by hand, sharded")
+    return folder
+
+
+def launch(ranks: int, *words: str) -> None:
     finished = subprocess.run(
-        [sys.executable, *LAUNCHER, str(WORKER), str(folder)],
+        [sys.executable, *LAUNCHER, f"--nproc_per_node={ranks}", str(WORKER), *words],
         capture_output=True,
         text=True,
         check=False,
@@ -39,7 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert finished.returncode == 0, finished.stderr
-    return folder
 
 
 def found(folder: Path, kind: str, rank: int, ranks: int) -> dict[str, Tensor]:
@@ -62,6 +67,15 @@ def test_two_processes_train_as_one(folder: Path, kind: str) -> None:
         assert torch.equal(first[name], second[name]), name
         bound = 1e-6 if name == "losses" else 1e-12  # Trainer adds its losses in single precision
         torch.testing.assert_close(first[name], value, rtol=1e-9, atol=bound, msg=name)
+
+
+def test_four_processes_with_two_copies_of_the_base_train_as_one(folder: Path) -> None:
+    kind = "by hand, sharded"
+    alone = found(folder, kind, 0, 1)
+    every = [found(folder, kind, rank, 4) for rank in range(4)]
+    for name, value in alone.items():
+        assert all(torch.equal(each[name], every[0][name]) for each in every), name
+        torch.testing.assert_close(every[0][name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("kind", EXACT)

@@ -89,10 +89,12 @@ def test_a_job_whose_processes_have_not_met_is_refused(
         shard_(adapted, accelerator)
 
 
-def test_blocks_are_those_that_the_model_has(adapted: AdaptedModel) -> None:
+def test_blocks_and_replicas_are_those_that_can_be(adapted: AdaptedModel) -> None:
     accelerator = Accelerator(cpu=True)
     shard_(adapted, accelerator)
     shard_(adapted, accelerator, blocks=["BertLayer"])
+    with pytest.raises(UserError, match="replicas is 0, but must be a whole number at least 1"):
+        shard_(adapted, accelerator, replicas=0)
     with pytest.raises(UserError, match=r"BertFor\w+ has no module of LlamaDecoderLayer; give"):
         shard_(adapted, accelerator, blocks=["BertLayer", "LlamaDecoderLayer"])
     adapted.model._no_split_modules = None  # type: ignore[assignment]
@@ -111,7 +113,7 @@ def test_a_process_that_is_alone_shards_nothing(
         callbacks=[adapted.callback()],
         optimizers=adapted.optimizers(lr=1e-3),
     )
-    shard_(adapted, trainer.accelerator)
+    shard_(adapted, trainer.accelerator, replicas=2)
     assert not adapted.sharded
     trainer.train()
     assert (adapted.steps, adapted.method.stack.values.data_ptr()) == (8, values)

@@ -1,9 +1,9 @@
 """Trains a small model on each rank of a job, for the tests to compare with one process.
 
-Run by torchrun, or alone: `trained_ranks.py FOLDER` writes FOLDER/KIND-RANK-of-RANKS.safetensors
-for each of `KINDS`: losses, gradients of what is trained at each step, the last state, and in a job
-the last state of a run that went on from the middle of the first. FOLDER/KIND of RANKS/adapter is
-the adapter.
+Run by torchrun, or alone: `trained_ranks.py FOLDER [KIND]` writes
+FOLDER/KIND-RANK-of-RANKS.safetensors for that kind or each of `KINDS`: losses, gradients of what
+is trained at each step, the last state, and in a job the last state of a run that went on from the
+middle of the first. FOLDER/KIND of RANKS/adapter is the adapter.
 """
 
 import os
@@ -144,8 +144,14 @@ def by_hand(folder: Path) -> tuple[AdaptedModel, Found]:
             shard_(adapted)
         parallel.start(torch.device("cpu"))
         adapted.method.broadcast_()
-        shard_(adapted)
+        with pytest.raises(UserError, match=f"replicas is {ranks()}, which must divide the job"):
+            shard_(adapted, replicas=ranks())
+        with pytest.raises(UserError, match="replicas is 3, which must divide the job"):
+            shard_(adapted, replicas=3)
+        shard_(adapted, replicas=ranks() // 2)  # two processes share a copy
         assert_sharded(adapted)
+        places = {p.device_mesh.shape for p in adapted.model.parameters() if not p.requires_grad}
+        assert places == {(2, 2) if ranks() == 4 else (2,)}, places
     optimizer, _ = adapted.optimizers(max_grad_norm=CLIP, **SGD)
     found = watch(adapted)
     share = BATCH // ranks()
@@ -273,10 +279,11 @@ KINDS: dict[str, Train] = {
 }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *kinds: str) -> None:
     """Write what this rank finds."""
     torch.set_num_threads(1)
-    for kind, train in KINDS.items():
+    for kind in kinds or KINDS:
+        train = KINDS[kind]
         place = folder / f"{kind} of {ranks()}"
         adapted, found = train(place)
         found |= state_of(adapted, "state")
@@ -290,4 +297,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

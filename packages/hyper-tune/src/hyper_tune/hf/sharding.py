@@ -10,6 +10,7 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from hyper_tune.checks import require_number
 from hyper_tune.errors import UserError
 from hyper_tune.parallel import shard_base_, world_size
 
@@ -24,6 +25,7 @@ def shard_(
     accelerator: "Accelerator | None" = None,
     *,
     blocks: Sequence[str] | None = None,
+    replicas: int = 1,
 ) -> None:
     """Shard the frozen base over all processes with FSDP2, block by block.
 
@@ -32,21 +34,26 @@ def shard_(
     is told to leave the model as it is and to do mixed precision alone; call before
     ``accelerator.prepare``, and before ``trainer.train()``. ``blocks``: names of the modules'
     classes that are gathered each by itself; by default those that the model names itself.
+    ``replicas``: copies of the base, each in shards over a part of the processes, neighbours by
+    rank (HSDP): with the processes of a machine in each, none is gathered from another machine.
     A process that is alone shards nothing.
 
     Raises:
         UserError: before anything is changed: the model names no blocks, or has none of a name; the
             accelerator has an FSDP plugin or compiles the model, or was not given; the base is in
-            shards already; the processes of the job have not met.
+            shards already; the processes of the job have not met, or cannot have such replicas.
     """
     model, stack = adapted.model, adapted.method.stack
     _check_sharding(adapted, accelerator)
+    _check_replicas(replicas)
     units = _blocks(model, blocks)
     if world_size() == 1:
         nn.Module.to(model, stack.values.device)
         return
     whole = [p for m in adapted.method.modules_to_save.values() for p in m.parameters()]
-    mesh = init_device_mesh(stack.values.device.type, (world_size(),), mesh_dim_names=("shard",))
+    shape = (replicas, world_size() // replicas)
+    mesh = init_device_mesh(stack.values.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = mesh["shard"] if replicas == 1 else mesh
     name = type(model).__name__
     shard_base_(model, units, [*stack.leaf_parameters(), *whole], mesh)
     # Sharding changes the class; by its name Trainer knows whose labels to shift.
@@ -76,6 +83,17 @@ def _check_sharding(adapted: "AdaptedModel", accelerator: "Accelerator | None") 
         raise UserError(
             "accelerate would compile the sharded model as one; leave torch_compile or the dynamo "
             "backend out, and compile its blocks: block.compile()."
+        )
+
+
+def _check_replicas(replicas: int) -> None:
+    require_number("replicas", replicas, whole=True, least=1)
+    ranks = world_size()
+    if ranks > 1 < replicas and (ranks % replicas or ranks == replicas):
+        raise UserError(
+            f"replicas is {replicas}, which must divide the job's {ranks} processes into parts of "
+            "two or more, over which a copy of the base is in shards; lower it, or leave shard_ "
+            "out where each process holds the whole base."
         )
 
 
