@@ -12,12 +12,18 @@ import torch
 from huggingface_hub import constants
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    DebertaV2Config,
+)
 from transformers import BertTokenizerFast as BertTokenizer
 
 from hyper_tune import UserError
 from hyper_tune.hf.encoder import fine_tune_encoder
 from hyper_tune.hf.encoder_settings import EncoderSettings
+from hyper_tune.hf.heads import new_modules
 from hyper_tune.hf.scores import accuracy, check_scores, f1, matthews, pearson, spearman
 from hyper_tune.run_record import RunRecord
 from lowrank_adapters import import_peft_
@@ -99,8 +105,8 @@ def test_run_learns_and_its_folder_explains_it(tmp_path: Path, model: Path, data
     summary = fine_tune_encoder(settings(folder, model, data, epochs=10))
     assert summary["after"]["accuracy"] > 0.9 > 0.7 > summary["before"]["accuracy"]
     assert summary["after"]["loss"] < summary["before"]["loss"] / 2
-    assert (summary["live_ranks"], summary["total_ranks"], summary["steps"]) == (13, 26, 60)
-    assert summary["head_parameters"] == 2 * 16 + 2
+    assert (summary["live_ranks"], summary["total_ranks"], summary["steps"]) == (12, 24, 60)
+    assert summary["head_parameters"] == (2 * 16 + 2) + (16 * 16 + 16)  # with a new pooler
     run = RunRecord.read(folder)
     assert run.summary == json.loads(json.dumps(summary))
     assert [step for step, _ in run.figures("loss")] == list(range(1, 61))
@@ -128,8 +134,8 @@ def test_a_regression_learns_numbers(tmp_path: Path, model: Path) -> None:
     summary = fine_tune_encoder(settings(tmp_path / "run", model, tmp_path, **options, **never))
     assert summary["after"]["loss"] < summary["before"]["loss"] / 2
     assert summary["after"]["pearson"] > 0.9 > 0.6 > summary["before"]["pearson"]
-    assert summary["head_parameters"] == 16 + 1
-    torch.manual_seed(0)  # as the run's: chance makes the pooler, which the base has not
+    assert summary["head_parameters"] == (16 + 1) + (16 * 16 + 16)  # with a new pooler
+    torch.manual_seed(1)  # not the run's: the pooler, which the base has not, is in the adapter
     fresh = AutoModelForSequenceClassification.from_pretrained(
         model, num_labels=1, dtype=torch.float32
     )
@@ -144,6 +150,17 @@ def test_a_regression_learns_numbers(tmp_path: Path, model: Path) -> None:
     assert after == pytest.approx(summary["after"]["loss"], rel=1e-4)
     assert pearson(found, scores) == pytest.approx(summary["after"]["pearson"], rel=1e-5)
     assert spearman(found, scores) == pytest.approx(summary["after"]["spearman"], rel=1e-5)
+
+
+def test_what_the_base_has_not_is_trained_and_in_the_adapter(model: Path) -> None:
+    kinds = AutoModelForSequenceClassification
+    bert, loaded = kinds.from_pretrained(model, output_loading_info=True)
+    assert new_modules(bert, loaded["missing_keys"]) == ["classifier", "bert.pooler.dense"]
+    size = {"num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9, "hidden_size": 8}
+    deberta = kinds.from_config(DebertaV2Config(intermediate_size=8, **size))
+    assert new_modules(deberta, {"pooler.dense.weight", "classifier.bias"}) == [
+        *("pooler", "classifier"),
+    ]
 
 
 def test_run_goes_on_where_it_was_killed(tmp_path: Path, model: Path, data: Path) -> None:
@@ -184,7 +201,7 @@ def test_best_checkpoint_and_early_stopping(tmp_path: Path, model: Path, data: P
         summary = fine_tune_encoder(settings(tmp_path / "run", model, data, **options))
     run = RunRecord.read(tmp_path / "run")
     assert [step for step, _ in run.figures("validation_accuracy")] == [6, 12, 18]
-    assert (summary["steps"], summary["live_ranks"]) == (6, 23)
+    assert (summary["steps"], summary["live_ranks"]) == (6, 21)
 
 
 REFUSED = {
@@ -328,7 +345,7 @@ def test_command_trains_and_says_what_came_out(
     assert recipe().main([*words, "method.init_rank=2", "method.budget=1"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^before: loss \d\.\d{4}, accuracy 0\.\d{4}$", out, flags=re.MULTILINE)
-    assert f"ranks: 13 of 26\nadapter: {tmp_path / 'run' / 'adapter'}\n" in out
+    assert f"ranks: 12 of 24\nadapter: {tmp_path / 'run' / 'adapter'}\n" in out
 
 
 def test_command_prints_a_mistake_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from hyper_tune.hf.adaptation import adapt
 from hyper_tune.hf.adapted import AdaptedModel
 from hyper_tune.hf.classification import LabelledTexts, load_classification
 from hyper_tune.hf.encoder_settings import EncoderSettings
+from hyper_tune.hf.heads import new_modules
 from hyper_tune.hf.recorder import Recorder
 from hyper_tune.hf.scores import SCORES, check_scores
 from hyper_tune.metrics import Metrics
@@ -59,8 +60,9 @@ def fine_tune_encoder(config: DictConfig) -> dict[str, Any]:
             folder.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
             folder.starts.append(start_record(torch.device(settings.device)))
         torch.manual_seed(settings.seed)
-        model = _model(settings.model, train.names)
-        adapted = adapt(model, settings.method, device=arguments.device)
+        model, loaded = _model(settings.model, train.names)
+        whole = new_modules(model, loaded["missing_keys"])
+        adapted = adapt(model, settings.method, modules_to_save=whole, device=arguments.device)
         trainer = _trainer(settings, adapted, arguments, tokenizer, train, held_out)
         trainer.remove_callback(PrinterCallback)
         recorder = Recorder(folder.metrics, adapted)
@@ -112,15 +114,17 @@ def _tokenizer(settings: EncoderSettings) -> Any:
     return tokenizer
 
 
-def _model(name: str, labels: tuple[str, ...]) -> Any:
+def _model(name: str, labels: tuple[str, ...]) -> tuple[Any, Any]:
+    """Return the model, and what transformers says of its loading."""
     classes = {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
         "label2id": {label: i for i, label in enumerate(labels)},
     }
     with _from_hub(name):
-        return AutoModelForSequenceClassification.from_pretrained(
+        return AutoModelForSequenceClassification.from_pretrained(  # type: ignore[no-any-return]
             name,
+            output_loading_info=True,
             **(classes if labels else {"num_labels": 1, "problem_type": "regression"}),
             dtype=torch.float32,
             use_safetensors=True,

@@ -1,6 +1,7 @@
 """What of a transformers model is a head for its task, what PEFT calls the task, and its loss."""
 
 import inspect
+from collections.abc import Collection
 
 from torch import nn
 
@@ -37,6 +38,26 @@ def head_names(model: nn.Module) -> list[str]:
         and next(module.parameters(), None) is not None
         and (embedding is None or all(inner is not embedding for inner in module.modules()))
     ]
+
+
+def new_modules(model: nn.Module, missing_keys: Collection[str]) -> list[str]:
+    """Return the head, and the modules of the body that a checkpoint has no weights of.
+
+    ``missing_keys``: what transformers reports: ``from_pretrained(..., output_loading_info=True)``.
+    Such modules start at random, as the pooler of a BERT that was a masked language model: frozen,
+    and not in the adapter, no two loads would be the same model.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> size = BertConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    ...                   num_attention_heads=1)
+    >>> new_modules(BertForSequenceClassification(size), {"bert.pooler.dense.weight"})
+    ['classifier', 'bert.pooler.dense']
+    """
+    heads = head_names(model)
+    parameters = (name for name, _ in model.named_parameters() if name in missing_keys)
+    places = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+    inside = tuple(f"{head}." for head in heads)
+    return heads + [p for p in places if p not in heads and not p.startswith(inside)]
 
 
 def task_type(model: nn.Module) -> str | None:
