@@ -163,6 +163,14 @@ def test_what_the_base_has_not_is_trained_and_in_the_adapter(model: Path) -> Non
     ]
 
 
+def test_what_is_inside_a_new_module_is_not_named_again(model: Path) -> None:
+    bert = AutoModelForSequenceClassification.from_pretrained(model)
+    bert.bert.pooler.scale = torch.nn.Parameter(torch.ones(1))
+    for missing in (["pooler.dense.weight", "pooler.scale"], ["pooler.scale", "pooler.dense.bias"]):
+        found = new_modules(bert, {f"bert.{name}" for name in missing})
+        assert found == ["classifier", "bert.pooler"]
+
+
 def test_run_goes_on_where_it_was_killed(tmp_path: Path, model: Path, data: Path) -> None:
     options = {"save_every_n_steps": 3, "evaluate_every_n_steps": 0, "max_steps": 9}
     whole = tmp_path / "whole"
