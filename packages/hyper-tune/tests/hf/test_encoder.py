@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -321,6 +322,13 @@ def test_scores_equal_counting_one_by_one() -> None:
         root = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
         expected = (tp * tn - fp * fn) / root if root else 0.0
         assert matthews(guess, truth) == pytest.approx(expected, abs=1e-12)
+
+
+def test_correlations_of_what_is_no_number_are_none() -> None:
+    labels = torch.tensor([1.0, 2.0, 3.0])
+    for predicted in (torch.full((3,), torch.nan), torch.tensor([1.0, torch.nan, 3.0])):
+        assert math.isnan(pearson(predicted, labels))
+        assert math.isnan(spearman(predicted, labels))
 
 
 def recipe() -> Any:
