@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NoReturn
 
 import pytest
@@ -82,6 +83,14 @@ def test_a_component_that_is_broken_keeps_its_traceback(
     assert error.__notes__ == [f"while model: {HERE}.made_here was built"]
 
 
+def test_a_bug_in_code_without_a_module_keeps_its_traceback(
+    section: Callable[..., dict[str, Any]],
+) -> None:
+    generated = FunctionType((lambda: {}["layer"]).__code__, {})  # as attrs makes some
+    with pytest.raises(KeyError, match="layer"):
+        build("model", section(generated))
+
+
 def _sized(size: int, *, scale: float = 1.0) -> float:
     return size * scale
 
@@ -137,6 +146,19 @@ class Refusing(torch.optim.SGD):
 
     def step(self, closure: Any = None) -> None:
         raise RuntimeError("not on\n this device")
+
+
+class Forwarding(torch.optim.SGD):
+    """An optimizer whose step hands on whatever it is given."""
+
+    def step(self, *args: Any, **keys: Any) -> None:
+        super().step(*args, **keys)
+
+
+def test_a_step_that_hands_on_what_it_is_given_is_taken(
+    section: Callable[..., dict[str, Any]],
+) -> None:
+    try_optimizer(section(Forwarding), torch.zeros(1))
 
 
 def test_a_step_that_is_broken_keeps_its_traceback(

@@ -70,6 +70,19 @@ def test_a_store_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -
     answered.set()
 
 
+def test_an_error_of_an_earlier_run_is_forgotten() -> None:
+    """A job may make several runs, one after the other; the launcher's store outlives them."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        first = Peers.meet(torch.device("cpu"))
+        first.tell(UserError("no row"))
+        assert str(first.explain(CLOSED, "after step 5 of 12")) == "no row"
+        second = Peers.meet(torch.device("cpu"))
+        assert str(second.explain(CLOSED, "after step 5 of 12")).startswith(START)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_without_a_group_there_are_no_peers() -> None:
     assert Peers.meet(torch.device("cpu")) == Peers()
 

@@ -38,15 +38,26 @@ def pasted(command: str, folder: Path) -> list[object]:
     return recorded
 
 
-@pytest.mark.parametrize("processes", [None, "2"])
-def test_the_command_of_a_start_pastes(tmp_path: Path, processes: str | None) -> None:
+def test_the_command_of_a_start_pastes(tmp_path: Path) -> None:
     (tmp_path / "my recipe.py").write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    words = [sys.executable, *(launcher if processes else []), "my recipe.py", *WORDS]
-    first = pasted(shlex.join(words), tmp_path)
+    first = pasted(shlex.join([sys.executable, "my recipe.py", *WORDS]), tmp_path)
     command, arguments, world = first
     assert arguments == ["my recipe.py", *WORDS]
-    assert world == processes
+    assert world is None
+    assert pasted(str(command), tmp_path) == first
+
+
+def test_the_command_of_a_job_pastes(tmp_path: Path) -> None:
+    """It starts a module, which as a script would find no other of its package."""
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "__init__.py").touch()
+    (tmp_path / "recipe" / "run.py").write_text(f"from . import __name__ as _\n{SCRIPT}")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [sys.executable, *launcher, "-m", "recipe.run", *WORDS]
+    first = pasted(shlex.join(words), tmp_path)
+    command, arguments, world = first
+    assert arguments == [str(tmp_path / "recipe" / "run.py"), *WORDS]
+    assert world == "2"
     assert pasted(str(command), tmp_path) == first
 
 
@@ -61,8 +72,8 @@ def test_the_command_is_that_of_the_interpreter(monkeypatch: pytest.MonkeyPatch)
 def test_a_job_of_several_machines_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(f"TORCHELASTIC_{name}" if name == "RUN_ID" else name, value)
-    monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", "x"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "recipe.py", "--config", "x"])
     assert shlex.split(start_record(torch.device("cpu"))["command"]) == [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
-        *("--nproc_per_node", "4", "recipe.py", "--config", "x"),
+        *("--nproc_per_node", "4", "--no-python", "python", "-u", "recipe.py", "--config", "x"),
     ]

@@ -35,9 +35,10 @@ class Peers:
 
     @classmethod
     def meet(cls, device: torch.device) -> "Peers":
-        """Tell every rank where this one is; all ranks must call it."""
+        """Tell every rank where this one is; all ranks must call it, at the start of each run."""
         if not dist.is_initialized():
             return cls()
+        _asked_of_the_store(lambda store: store.delete_key(_MISTAKE))  # an earlier run's
         here = torch.tensor([zlib.crc32(socket.gethostname().encode()), os.getpid()], device=device)
         everywhere = [torch.empty_like(here) for _ in range(world_size())]
         dist.all_gather(everywhere, here)

@@ -50,7 +50,8 @@ def _command() -> list[str]:
     machines = int(os.environ["WORLD_SIZE"]) // here
     where = ["--standalone"] if machines == 1 else ["--nnodes", str(machines)]
     launcher = [sys.executable, "-m", "torch.distributed.run", *where]
-    return [*launcher, "--nproc_per_node", str(here), *sys.argv]
+    # A module that was started by -m is no script: each process's own line says what it is.
+    return [*launcher, "--nproc_per_node", str(here), "--no-python", *sys.orig_argv]
 
 
 def versions() -> dict[str, str]:

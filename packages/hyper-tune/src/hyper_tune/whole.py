@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -11,12 +11,12 @@ from hyper_tune.errors import UserError
 _ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 
 
-def whole_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+def whole_modules(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
     """Return the modules of these names.
 
     Raises:
-        UserError: the model has no such module (near names are listed), it has no parameters, or
-            one name is given in place of a list.
+        UserError: the model has no such module (near names are listed), it has no parameters or
+            is inside another one, or one name is given in place of a list.
 
     >>> model = nn.Sequential(nn.Linear(2, 2))
     >>> whole_modules(model, ["0"])
@@ -32,6 +32,12 @@ def whole_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module
             raise UserError(f"modules_to_save names {name!r}, which the model has not; {hint}")
         if next(there[name].parameters(), None) is None:
             raise UserError(f"modules_to_save names {name!r}, which has no parameters to train.")
+        for other in names:
+            if name.startswith(f"{other}."):
+                raise UserError(
+                    f"modules_to_save names {name!r}, which is inside {other!r} and trained with "
+                    "it; drop it."
+                )
     return {name: there[name] for name in names}
 
 

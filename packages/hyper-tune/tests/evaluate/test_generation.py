@@ -21,6 +21,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MptConfig,
     MptForCausalLM,
@@ -301,6 +302,16 @@ def test_a_model_that_would_misread_padded_prompts_is_refused_before_the_weights
     folder = save_config(tmp_path_factory, config)
     with pytest.raises(UserError, match=f"^{re.escape(f'{folder} {message}')}"):
         FolderModel(folder)
+
+
+def test_a_mask_that_only_a_comprehension_reads_is_read(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, past_key_values: Any, attention_mask: Any, position_ids: Any) -> Any:
+        return self, past_key_values, position_ids, [attention_mask for _ in range(2)]
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    assert FolderModel(save_config(tmp_path_factory, LlamaConfig())).max_length > 0
 
 
 def test_a_tokenizer_that_needs_a_package_is_refused(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -163,6 +164,14 @@ def test_what_the_base_has_not_is_trained_and_in_the_adapter(model: Path) -> Non
     ]
 
 
+def test_what_is_inside_a_new_module_is_not_named_again(model: Path) -> None:
+    bert = AutoModelForSequenceClassification.from_pretrained(model)
+    bert.bert.pooler.scale = torch.nn.Parameter(torch.ones(1))
+    for missing in (["pooler.dense.weight", "pooler.scale"], ["pooler.scale", "pooler.dense.bias"]):
+        found = new_modules(bert, {f"bert.{name}" for name in missing})
+        assert found == ["classifier", "bert.pooler"]
+
+
 def test_run_goes_on_where_it_was_killed(tmp_path: Path, model: Path, data: Path) -> None:
     options = {"save_every_n_steps": 3, "evaluate_every_n_steps": 0, "max_steps": 9}
     whole = tmp_path / "whole"
@@ -313,6 +322,13 @@ def test_scores_equal_counting_one_by_one() -> None:
         root = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
         expected = (tp * tn - fp * fn) / root if root else 0.0
         assert matthews(guess, truth) == pytest.approx(expected, abs=1e-12)
+
+
+def test_correlations_of_what_is_no_number_are_none() -> None:
+    labels = torch.tensor([1.0, 2.0, 3.0])
+    for predicted in (torch.full((3,), torch.nan), torch.tensor([1.0, torch.nan, 3.0])):
+        assert math.isnan(pearson(predicted, labels))
+        assert math.isnan(spearman(predicted, labels))
 
 
 def recipe() -> Any:

@@ -202,6 +202,15 @@ def test_one_name_in_place_of_a_list_is_refused() -> None:
     assert str(caught.value) == "modules_to_save is '0', expected a list; write ['0']."
 
 
+def test_a_module_inside_another_that_is_trained_as_a_whole_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    with pytest.raises(UserError) as caught:
+        assemble(model, MethodConfig("lora"), total_steps=1, modules_to_save=["1.0", "1"])
+    assert str(caught.value) == (
+        "modules_to_save names '1.0', which is inside '1' and trained with it; drop it."
+    )
+
+
 OTHERS = {
     "lora": ["adalora", "hyperlora recurrent none"],
     "adalora": ["lora", "hyperadalora static none"],

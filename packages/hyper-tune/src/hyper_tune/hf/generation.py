@@ -150,10 +150,14 @@ def _refuse_unbatched(folder: Path, config: Any) -> None:
             )
 
 
+# How a function reads a variable; the third is for a function inside of it.
+_READING = ("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "STORE_FAST_LOAD_FAST")
+
+
 def _variables_read(function: Any) -> set[str]:
     """Return the variables that a function's code reads; some models take a mask and never do."""
     code = dis.get_instructions(inspect.unwrap(function))
-    read = [s.argval for s in code if s.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))]
+    read = [s.argval for s in code if s.opname.startswith(_READING)]
     return {name for names in read for name in (names if isinstance(names, tuple) else (names,))}
 
 

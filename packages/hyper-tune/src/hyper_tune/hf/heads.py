@@ -55,9 +55,9 @@ def new_modules(model: nn.Module, missing_keys: Collection[str]) -> list[str]:
     """
     heads = head_names(model)
     parameters = (name for name, _ in model.named_parameters() if name in missing_keys)
-    places = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
-    inside = tuple(f"{head}." for head in heads)
-    return heads + [p for p in places if p not in heads and not p.startswith(inside)]
+    places = dict.fromkeys([*heads, *(name.rpartition(".")[0] for name in parameters)])
+    inside = tuple(f"{place}." for place in places)
+    return [place for place in places if not place.startswith(inside)]
 
 
 def task_type(model: nn.Module) -> str | None:

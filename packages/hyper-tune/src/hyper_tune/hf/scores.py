@@ -63,7 +63,7 @@ def spearman(predicted: Tensor, labels: Tensor) -> float:
 def _ranks(values: Tensor) -> Tensor:
     _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
     means: Tensor = counts.cumsum(0) - (counts - 1).double() / 2
-    return means[place]
+    return means[place].where(~values.isnan(), torch.nan)  # of those each is unique
 
 
 SCORES: Mapping[str, Callable[[Tensor, Tensor], float]] = {

@@ -72,7 +72,7 @@ def is_bug(error: Exception) -> bool:
 def _at_the_call(error: Exception) -> bool:
     """Whether an error is of the call of the component, and not of anything inside of it."""
     *_, (frame, _) = walk_tb(error.__traceback__)
-    return bool(frame.f_globals["__name__"] == config.instantiate.__module__)
+    return bool(frame.f_globals.get("__name__") == config.instantiate.__module__)
 
 
 def find_component(section: str, component: Component) -> Callable[..., Any]:

@@ -52,7 +52,8 @@ def try_optimizer(component: Component, like: Tensor) -> None:
     needed = [
         parameter.name
         for parameter in inspect.signature(trial.step).parameters.values()
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
     if needed:
         raise UserError(
