@@ -179,8 +179,8 @@ def _machine(device: str) -> str:
 
 def _shown(cell: Cell, results: Results) -> str:
     record = _record(cell, results.output)
-    words = record.get("command") or cell.command(results.output)
-    text = shlex.join(words).replace(str(results.output), "OUTPUT")
+    # Not the recorded words: a folder of results, or the recipe, may have been moved since.
+    text = shlex.join(cell.command(results.output)).replace(str(results.output), "OUTPUT")
     if results.planner.data is not None:
         text = text.replace(str(results.planner.data.resolve()), "DATA")
     text = text.replace(_PACKAGES, "PACKAGES")

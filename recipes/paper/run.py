@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_MISTAKE
     except typer.TyperException as error:
-        sys.stderr.write(f"error: {error.format_message()}\n")
+        sys.stderr.write(f"error: {' '.join(error.format_message().split())}\n")
         return EXIT_MISTAKE
     if status == EXIT_INTERRUPTED:
         sys.stderr.write("stopped; the same command goes on from here.\n")

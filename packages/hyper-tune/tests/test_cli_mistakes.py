@@ -13,7 +13,9 @@ def test_a_wrong_command_line_is_one_line(refused: Callable[..., str], tmp_path:
     assert "Did you mean llama3_1_8b?" in refused("cp", "lama3_1_8b", "x")
     assert "Did you mean hyper-tune/hyperdora_full?" in refused("cp", "hyperdora_ful", "x")
     assert "lama3_1_8b" in refused("plan", "--config", "lama3_1_8b")
-    assert refused() == "Missing command."
+    assert refused() == (
+        "a verb is missing; there are ls, cp, plan, ranks, compare, export, generate, evaluate."
+    )
     assert "No such command" in refused("train")
     assert "No such option" in refused("ls", "--all")
     assert refused("ranks", tmp_path) == f"{tmp_path} is not a run folder: it has no config.yaml."

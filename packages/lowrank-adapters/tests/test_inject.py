@@ -23,7 +23,7 @@ ALL = [f"layers.{i}.{name}" for i in (0, 1) for name in BLOCK]
 NOTHING = "matches no module that can be adapted;"
 KINDS = "the model has embedding, output, q_proj, v_proj, w1, w2."
 
-NEAR_Q = rf"'re:layers\\.0\\.q_pro' {NOTHING} did you mean q_proj or v_proj? {KINDS}"
+NEAR_Q = rf"targets: 're:layers\\.0\\.q_pro' {NOTHING} did you mean q_proj or v_proj? {KINDS}"
 
 
 def text_and_unchanged(kit, model, *args, **options):
@@ -246,17 +246,17 @@ def test_base_on_the_meta_device_takes_factors_elsewhere(kit):
     [
         (
             {"targets": ["q_prj"]},
-            f"'q_prj' {NOTHING} did you mean q_proj or v_proj? {KINDS}",
+            f"targets: 'q_prj' {NOTHING} did you mean q_proj or v_proj? {KINDS}",
         ),
         (
             {"targets": ["layers.0.r_proj"]},
-            f"'layers.0.r_proj' {NOTHING} did you mean v_proj or q_proj? {KINDS}",
+            f"targets: 'layers.0.r_proj' {NOTHING} did you mean v_proj or q_proj? {KINDS}",
         ),
-        ({"targets": ["layers"]}, f"'layers' {NOTHING} {KINDS}"),
-        ({"targets": ["q_proj", "zzz"]}, f"'zzz' {NOTHING} {KINDS}"),
+        ({"targets": ["layers"]}, f"targets: 'layers' {NOTHING} {KINDS}"),
+        ({"targets": ["q_proj", "zzz"]}, f"targets: 'zzz' {NOTHING} {KINDS}"),
         (
             {"exclude": ["mlp.w1x"]},
-            f"'mlp.w1x' {NOTHING} did you mean w1? {KINDS}",
+            f"exclude: 'mlp.w1x' {NOTHING} did you mean w1? {KINDS}",
         ),
         (
             {"targets": ["q_proj"], "exclude": ["*_proj"]},
@@ -264,11 +264,11 @@ def test_base_on_the_meta_device_takes_factors_elsewhere(kit):
         ),
         (
             {"targets": "re:.*q_prj"},
-            f"'re:.*q_prj' {NOTHING} did you mean q_proj or v_proj? {KINDS}",
+            f"targets: 're:.*q_prj' {NOTHING} did you mean q_proj or v_proj? {KINDS}",
         ),
         (
             {"targets": [re.compile("q_proj")]},
-            f"'re:q_proj' {NOTHING} did you mean q_proj or v_proj? {KINDS}",
+            f"targets: 're:q_proj' {NOTHING} did you mean q_proj or v_proj? {KINDS}",
         ),
         ({"targets": r"re:layers\.0\.q_pro"}, NEAR_Q),
         (

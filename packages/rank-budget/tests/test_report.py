@@ -188,6 +188,15 @@ def test_schedule_is_printed_and_drawn_where_it_changes():
     assert all(cubic.live_ranks(int(step)) == budget for step, budget in drawn)
 
 
+def test_a_schedule_in_fractions_has_the_steps_that_it_is_shown_for():
+    parts = CubicBudget(100, 20, warmup=0.2, cooldown=0.2)
+    whole = CubicBudget(100, 20, 50, warmup=10, cooldown=10)
+    assert schedule_table(parts, 50) == schedule_table(whole, 50)
+    drawn = [schedule_plot(s, 50).axes[0].lines[0].get_xydata().tolist() for s in (parts, whole)]
+    assert drawn[0] == drawn[1]
+    assert schedule_table(whole, 20).splitlines()[-1].split() == ["20", str(whole.live_ranks(20))]
+
+
 def test_scalars_are_the_numbers_of_now(kit):
     allocator, live = pruned(kit)
     found = scalars(allocator, prefix="x/")

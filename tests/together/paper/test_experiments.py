@@ -78,6 +78,7 @@ def test_mistakes_of_the_command_line_are_named(recipe, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "there is no 'tabel6'" in said("tabel6", "--scale", "tiny")
+    assert said("table6") == "error: Missing option '--scale'. Choose from: tiny, real\n"
     assert "did you mean table6?" in said("tabel6", "--scale", "tiny")
     missing = said("table6", "--scale", "tiny")
     assert "--data is missing; Stanford Alpaca needs alpaca/train.jsonl" in missing

@@ -24,7 +24,8 @@ def finish(recipe, cell, output, losses, seconds, **summary):
         "after": summary,
     }
     (folder / "run" / "summary.json").write_text(json.dumps(whole))
-    record = {"command": cell.command(output), "seconds": 9.0, "jobs": 2}
+    moved = cell.command(output.with_name("before it was moved"))
+    record = {"command": moved, "seconds": 9.0, "jobs": 2}
     (folder / recipe.grid.DONE).write_text(json.dumps(record))
 
 
@@ -56,6 +57,7 @@ def test_the_report_has_the_papers_numbers_beside_ours(recipe, data, tmp_path):
     assert "trailing mean of the loss over 30 steps" in text
     assert "- train the small Llama: error: it broke." in text
     assert "Up to 2 cells ran at a time" in text
+    assert "before it was moved" not in text
     assert str(tmp_path) not in text
     assert str(data) not in text
     for cell in cells[1:]:
@@ -84,3 +86,11 @@ def test_a_figure_is_drawn_of_what_there_is(recipe, package, data, tmp_path, mon
     text = paths[0].read_text()
     assert "![Smoothed training loss](figure2-tiny.png)" in text
     assert f"model=PACKAGES/{tmp_path.name} " in text
+
+
+def test_kept_results_name_no_folder_of_the_machine_that_made_them(recipe):
+    results = sorted((Path(recipe.report.__file__).parent / "results").glob("*.md"))
+    assert len(results) >= len(recipe.experiment.names())
+    for path in results:
+        words = path.read_text().replace("=", " ").split()
+        assert [word for word in words if word.strip("'").startswith("/")] == [], path.name

@@ -159,6 +159,27 @@ def test_step_without_a_forward_pass_is_refused(hf: SimpleNamespace) -> None:
         adapted.optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1}, "lr is -1, but must be a number at least 0; correct it."),
+        ({"lr": "1e-4"}, "lr is '1e-4', but must be a number at least 0; correct it."),
+        ({"head_lr": "1"}, "head_lr is '1', but must be a number at least 0; correct it."),
+        ({"betas": [0.9]}, "AdamW refuses the options betas=[0.9]: list index out of range; cor"),
+        ({"weight_decy": 1}, "AdamW refuses the options weight_decy=1: AdamW.__init__() got an u"),
+        ({"eps": -1}, "AdamW refuses the options eps=-1: Invalid epsilon value: -1; correct them."),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused_in_one_line(
+    hf: SimpleNamespace, options: dict[str, Any], message: str
+) -> None:
+    adapted = build(hf)
+    with pytest.raises(UserError) as caught:
+        adapted.optimizers(**{"lr": hf.LR, **options})
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
 def test_length_of_the_run_must_be_known(hf: SimpleNamespace) -> None:
     adapted = adapt(hf.classifier(), hf.configure(), dtype=torch.float64)
     adapted.optimizers(lr=1e-3)

@@ -11,6 +11,7 @@ from lowrank_adapters.errors import AdapterError
 ALL_LINEAR = "all-linear"
 Pattern = str | re.Pattern[str]
 Value = TypeVar("Value")
+_NOTHING = "{} matches no module that can be adapted"
 
 
 def choose(
@@ -31,9 +32,10 @@ def choose(
     """
     chosen: set[str] = set()
     for pattern in _listed(targets):
-        chosen.update(linear if pattern == ALL_LINEAR else matching(names, pattern))
+        whole = pattern == ALL_LINEAR
+        chosen.update(linear if whole else matching(names, pattern, f"targets: {_NOTHING}"))
     for pattern in _listed(exclude):
-        chosen.difference_update(matching(names, pattern))
+        chosen.difference_update(matching(names, pattern, f"exclude: {_NOTHING}"))
     if not chosen:
         raise AdapterError(f"no module is left to adapt; {_list('the model has', names)}.")
     return [name for name in names if name in chosen]
@@ -60,7 +62,7 @@ def by_module(what: str, patterns: Mapping[str, Value], names: Sequence[str]) ->
 def matching(
     names: Iterable[str],
     pattern: Pattern,
-    refusal: str = "{} matches no module that can be adapted",
+    refusal: str = _NOTHING,
     there_are: str = "the model has",
 ) -> list[str]:
     """Return the names that a pattern stands for.

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from rank_budget.allocator import RankAllocator
 from rank_budget.errors import require, require_whole
+from rank_budget.schedule_phases import Phased
 from rank_budget.schedules import Schedule
 
 __all__ = ["rank_table", "scalars", "schedule_table"]
@@ -53,7 +54,12 @@ def rank_table(ranks: Mapping[str, int], initial: int) -> str:
 
 
 def changes_of(schedule: Schedule, total_steps: int) -> list[tuple[int, int]]:
-    """Return the step and the budget of the start and of each change of the budget."""
+    """Return the step and the budget of the start and of each change of the budget.
+
+    A schedule in fractions of a run whose length it was not told is taken for ``total_steps``.
+    """
+    if isinstance(schedule, Phased) and schedule.total_steps is None:
+        schedule = schedule.with_total_steps(total_steps)
     changes = [(0, schedule.live_ranks(0))]
     for step in range(1, total_steps + 1):
         budget = schedule.live_ranks(step)

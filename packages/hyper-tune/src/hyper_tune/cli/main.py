@@ -14,7 +14,7 @@ from hyper_tune.cli.generate import generate
 from hyper_tune.cli.ls import ls
 from hyper_tune.cli.plan import plan
 from hyper_tune.cli.ranks import ranks
-from hyper_tune.errors import EXIT_MISTAKE, PERSONS_MISTAKES
+from hyper_tune.errors import EXIT_MISTAKE, PERSONS_MISTAKES, UserError
 
 _EXTRAS = {
     **{"torchtune": "torchtune", "torchao": "torchtune", "matplotlib": "plot"},
@@ -33,8 +33,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (ls, cp, plan, ranks, compare, export, generate, evaluate):
+_VERBS = (ls, cp, plan, ranks, compare, export, generate, evaluate)
+for verb in _VERBS:
     app.command()(verb)
+
+
+@app.callback(invoke_without_command=True)
+def _need_verb(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        names = ", ".join(verb.__name__ for verb in _VERBS)
+        raise UserError(f"a verb is missing; there are {names}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

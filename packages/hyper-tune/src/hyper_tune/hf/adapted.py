@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hyper_tune.assembly import Assembly
+from hyper_tune.checks import require_number
 from hyper_tune.errors import PERSONS_MISTAKES, UserError
 from hyper_tune.hf.heads import ignores_count, task_type
-from hyper_tune.hf.optimizer import MethodOptimizer
+from hyper_tune.hf.optimizer import MethodOptimizer, build_inner
 from hyper_tune.hf.saved import STATE, is_packed, read_state, unpack, write_state
 from hyper_tune.step import StepReport, TrainingStep
 
@@ -88,16 +89,21 @@ class AdaptedModel:
         trained as a whole; ``lr`` where it is None. ``max_grad_norm``: set by the callback where
         Trainer drives. ``options``: of ``optimizer``.
 
+        Raises:
+            UserError: a learning rate that is none, or options that ``optimizer`` refuses.
+
         >>> # trainer = Trainer(model, args, callbacks=[adapted.callback()],
         >>> #                   optimizers=adapted.optimizers(lr=1e-4, head_lr=1e-3))
         """
+        require_number("lr", lr, least=0)
+        require_number("head_lr", lr if head_lr is None else head_lr, least=0)
         owner = [parameter for _, parameter in self.method.owner.named_parameters()]
         groups = [{"params": owner, "lr": lr}]
         heads = [p for m in self.method.modules_to_save.values() for p in m.parameters()]
         if heads:
             groups.append({"params": heads, "lr": lr if head_lr is None else head_lr})
         self.max_grad_norm = max_grad_norm
-        self.optimizer = MethodOptimizer(optimizer(groups, **options), self)
+        self.optimizer = MethodOptimizer(build_inner(optimizer, groups, options), self)
         return self.optimizer, None
 
     def callback(self, *, max_skipped_steps: int = 5) -> "MethodCallback":

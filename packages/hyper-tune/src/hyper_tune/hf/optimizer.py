@@ -1,6 +1,6 @@
 """The optimizer that a trainer is handed: its step is one step of the method."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -9,6 +9,23 @@ from hyper_tune.errors import UserError
 
 if TYPE_CHECKING:
     from hyper_tune.hf.adapted import AdaptedModel
+
+
+def build_inner(
+    kind: Callable[..., Optimizer], groups: list[dict[str, Any]], options: Mapping[str, Any]
+) -> Optimizer:
+    """Return an optimizer of a kind.
+
+    Raises:
+        UserError: it refuses the options.
+    """
+    try:
+        return kind(groups, **options)
+    except (TypeError, ValueError, IndexError) as error:
+        name = getattr(kind, "__name__", repr(kind))
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name} refuses the options {given}: {reason}; correct them.") from error
 
 
 class MethodOptimizer(Optimizer):
