@@ -7,10 +7,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hyper_tune import UserError
 from hyper_tune.torchtune import recipe, same_model
 from hyper_tune.torchtune.model_types import MODEL_TYPES
 from hyper_tune.torchtune.same_model import HF_TYPES
@@ -78,6 +80,18 @@ def test_a_key_that_differs_from_config_json_is_named_before_anything_is_built(
         f"model.{key} is {value}, but {path} has {name} {there}; set model.{key}={there}, or "
         "checkpointer.checkpoint_dir to the folder of the model you mean."
     )
+
+
+def test_a_float32_of_config_json_is_the_number_that_it_was_written_for(tmp_path: Path) -> None:
+    there = {"num_attention_heads": 4, "model_type": "llama", "rms_norm_eps": 9.999999747378752e-06}
+    (tmp_path / "config.json").write_text(json.dumps(there))
+    settings: Any = SimpleNamespace(
+        checkpointer={"checkpoint_dir": tmp_path, "model_type": "LLAMA3"}, model={"norm_eps": 1e-5}
+    )
+    same_model.check_config_file(settings)
+    settings.model["norm_eps"] = 1.01e-5
+    with pytest.raises(UserError, match=r"has rms_norm_eps 9\.999"):
+        same_model.check_config_file(settings)
 
 
 def test_tied_embeddings_are_compared_with_config_json(

@@ -172,6 +172,14 @@ def test_what_is_inside_a_new_module_is_not_named_again(model: Path) -> None:
         assert found == ["classifier", "bert.pooler"]
 
 
+def test_what_is_in_no_module_of_its_own_is_named_in_a_warning(model: Path) -> None:
+    bert = AutoModelForSequenceClassification.from_pretrained(model)
+    bert.scale, bert.bert.scale = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    for name in ("scale", "bert.scale"):
+        with pytest.warns(UserWarning, match=rf"^{name} is not in the base: it starts at random"):
+            assert new_modules(bert, {name}) == ["classifier"]
+
+
 def test_run_goes_on_where_it_was_killed(tmp_path: Path, model: Path, data: Path) -> None:
     options = {"save_every_n_steps": 3, "evaluate_every_n_steps": 0, "max_steps": 9}
     whole = tmp_path / "whole"

@@ -1,6 +1,7 @@
 """What of a transformers model is a head for its task, what PEFT calls the task, and its loss."""
 
 import inspect
+import warnings
 from collections.abc import Collection
 
 from torch import nn
@@ -45,7 +46,8 @@ def new_modules(model: nn.Module, missing_keys: Collection[str]) -> list[str]:
 
     ``missing_keys``: what transformers reports: ``from_pretrained(..., output_loading_info=True)``.
     Such modules start at random, as the pooler of a BERT that was a masked language model: frozen,
-    and not in the adapter, no two loads would be the same model.
+    and not in the adapter, no two loads would be the same model. A parameter of the body itself,
+    in no module beneath it, cannot be named; a warning says so.
 
     >>> from transformers import BertConfig, BertForSequenceClassification
     >>> size = BertConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
@@ -54,8 +56,19 @@ def new_modules(model: nn.Module, missing_keys: Collection[str]) -> list[str]:
     ['classifier', 'bert.pooler.dense']
     """
     heads = head_names(model)
-    parameters = (name for name, _ in model.named_parameters() if name in missing_keys)
-    places = dict.fromkeys([*heads, *(name.rpartition(".")[0] for name in parameters)])
+    whole = ("", getattr(model, "base_model_prefix", ""))
+    places = dict.fromkeys(heads)
+    for name in (name for name, _ in model.named_parameters() if name in missing_keys):
+        place = name.rpartition(".")[0]
+        if place not in whole:
+            places[place] = None
+            continue
+        warnings.warn(
+            f"{name} is not in the base: it starts at random, stays frozen, and is not in the "
+            "adapter, since it is in no module that could be trained as a whole; save the base "
+            "with it.",
+            stacklevel=2,
+        )
     inside = tuple(f"{place}." for place in places)
     return [place for place in places if not place.startswith(inside)]
 

@@ -1,6 +1,7 @@
 """Whether the files of a base are of the model that the configuration names."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,18 @@ def check_config_file(settings: RecipeSettings) -> None:
         )
     for key, name in _HF_KEYS.items():
         given, expected = settings.model.get(key), there.get(name)
-        if given is not None and expected is not None and given != expected:
+        if given is not None and expected is not None and not _same(given, expected):
             raise UserError(
                 f"model.{key} is {given!r}, but {path} has {name} {expected!r}; set model.{key}="
                 f"{expected}, or checkpointer.checkpoint_dir to the folder of the model you mean."
             )
+
+
+def _same(given: object, expected: object) -> bool:
+    """Whether they are equal, numbers with a point up to how a float32 is written."""
+    if isinstance(given, float) and isinstance(expected, float):
+        return math.isclose(given, expected, rel_tol=1e-6)
+    return given == expected
 
 
 def _read(path: Path) -> dict[str, Any]:
