@@ -268,6 +268,7 @@ def test_settings_without_effect_are_warned_of(
         run(make_config(**keys))
 
 
+@pytest.mark.filterwarnings("ignore:the first pruning")  # a rate of 0 learns nothing
 def test_a_loss_that_did_not_fall_is_said(
     make_config: Callable[..., Path],
     run: Callable[..., None],
