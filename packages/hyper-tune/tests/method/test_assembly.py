@@ -167,7 +167,10 @@ def test_factors_may_be_wider_than_the_base() -> None:
     ("config", "text"),
     [
         (MethodConfig("lora", init_rank=5), "0: rank is 5, but the matrix is 4 x 6; choose a rank"),
-        (MethodConfig("lora", init_rank=2, target_modules=("q_proj",)), "targets: 'q_proj' matches"),
+        (
+            MethodConfig("lora", init_rank=2, target_modules=("q_proj",)),
+            "targets: 'q_proj' matches",
+        ),
         (MethodConfig("lora", init_rank=2, exclude=("0", "2", "4")), "no module is left to"),
     ],
 )
