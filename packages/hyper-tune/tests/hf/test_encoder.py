@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import torch
 from huggingface_hub import constants
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 from transformers import BertTokenizerFast as BertTokenizer
 
@@ -162,6 +167,51 @@ def test_what_the_base_has_not_is_trained_and_in_the_adapter(model: Path) -> Non
     assert new_modules(deberta, {"pooler.dense.weight", "classifier.bias"}) == [
         *("pooler", "classifier"),
     ]
+
+
+PAPERS = {
+    "roberta": (RobertaForMaskedLM, RobertaConfig, {"type_vocab_size": 2}),
+    "deberta-v3": (
+        DebertaV2ForMaskedLM,
+        DebertaV2Config,
+        {  # as microsoft/deberta-v3-base has them
+            "relative_attention": True,
+            "position_buckets": 8,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_encoders_give_an_adapter_that_is_all_they_learnt(
+    tmp_path: Path, model: Path, data: Path, name: str
+) -> None:
+    kind, configuration, choices = PAPERS[name]
+    folder = tmp_path / name
+    shutil.copytree(model, folder)
+    size = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 24, "pad_token_id": 0}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 130}
+    kind(configuration(**size, **layers, **choices, initializer_range=0.5)).save_pretrained(folder)
+    run = settings(tmp_path / "run", folder, data, max_steps=12, evaluate_every_n_steps=0)
+    summary = fine_tune_encoder(run)
+    torch.manual_seed(1)  # not the run's
+    fresh = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    import_peft_(fresh, tmp_path / "run" / "adapter")
+    lines = (data / "rte" / "dev.tsv").read_text().splitlines()[1:]
+    first, second, names = zip(*(line.split("\t")[1:] for line in lines), strict=True)
+    labels = torch.tensor([int(label != "entailment") for label in names])
+    asked = BertTokenizer.from_pretrained(folder)(
+        list(first), list(second), padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        loss = float(cross_entropy(fresh(**asked)["logits"], labels))
+    assert loss == pytest.approx(summary["after"]["loss"], rel=1e-4)
+    assert abs(loss - summary["before"]["loss"]) > 0.05
 
 
 def test_what_is_inside_a_new_module_is_not_named_again(model: Path) -> None:
